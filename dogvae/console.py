@@ -1,0 +1,83 @@
+"""What the user sees while something runs: one live line on a terminal, plain lines elsewhere, one-line errors."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+PLAIN_INTERVAL_S = 10.0  # how often a log file hears of progress; a terminal is redrawn at once
+
+
+class UsageError(ValueError):
+    """A mistake of the user's: the message names the flag or file and the remedy. Shown as one line, exit 2."""
+
+
+def clock(seconds: float) -> str:
+    """`75` -> `1:15`, `3700` -> `1:01:40`."""
+    minutes, s = divmod(max(0, round(seconds)), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def say(message: str) -> None:
+    """Print one line at once, also when stdout is a pipe."""
+    print(message, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print one line of warning on stderr."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A progress line with the time left: live on a terminal, a plain line every `PLAIN_INTERVAL_S` elsewhere.
+
+    Use as a context manager; call `update(done, total, text)` as often as you like. `done` counts in any unit;
+    the time left comes from the share done since the first update. `note(line)` prints a lasting line above it.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._started: tuple[float, float] | None = None  # (time, done) at the first update: a resumed run starts late
+        self._last_plain = time.monotonic()
+        self._live = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress as RichProgress, TextColumn
+
+            self._live = RichProgress(
+                TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}")
+            )
+            self._task = self._live.add_task(title, total=None, text="")
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, done: float, total: float, text: str) -> None:
+        """Say that `done` of `total` is done; `text` is what stands behind the bar."""
+        now = time.monotonic()
+        if self._started is None:
+            self._started = (now, done)
+        since, first = self._started
+        if done > first:
+            text = f"{text}, {clock((now - since) * (total - done) / (done - first))} left"
+        if self._live:
+            self._live.update(self._task, completed=done, total=total, text=text)
+        elif now - self._last_plain >= PLAIN_INTERVAL_S:
+            self._last_plain = now
+            say(f"{self._title}: {text}")
+
+    def note(self, line: str) -> None:
+        """Print a lasting line above the live one."""
+        if self._live:
+            self._live.console.print(line, highlight=False, markup=False)
+        else:
+            say(line)
