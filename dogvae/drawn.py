@@ -13,7 +13,7 @@ from dogvae.drawn_bodies import body
 from dogvae.drawn_breeds import Dog, cast
 from dogvae.drawn_heads import head
 from dogvae.drawn_ink import Dice, Points, Shape, ink
-from dogvae.drawn_scenes import TOY_SHAPES, backdrop, sofa
+from dogvae.drawn_scenes import TOY_SHAPES, backdrop
 
 GRID = 48  # light and shadow are soft: they are worked out on a grid this small and scaled up
 RIM = 0.0055  # width of outlines, share of the picture
@@ -50,16 +50,16 @@ def placed(dog: Dog) -> tuple[list[Shape], list[Shape]]:
     mirror = np.diag([-1.0 if dog.left else 1.0, 1.0])
     tilted, at = mirror @ np.array([[c, -s], [s, c]]), mirror @ np.array(neck)
     seen = np.vstack([shape.points for shape in head_shapes]) @ tilted.T + at
-    frame_low, frame_high, drop = np.array([0.04, 0.04]), np.array([0.96, 0.86]), dog.place[1]
+    frame_low, frame_high = np.array([0.04, 0.04]), np.array([0.96, 0.86])
     if dog.pose != "portrait":
         seen = np.vstack([seen, np.vstack([shape.points for shape in body_shapes]) @ mirror])
-        frame_low, frame_high, drop = np.array([0.02, 0.05]), np.array([0.98, 0.95]), max(0.4, drop)
-    if dog.scene is sofa:
-        drop = 1.0
+        frame_low, frame_high = np.array([0.02, 0.05]), np.array([0.98, 0.95])
     low, high = seen.min(0), seen.max(0)
     scale = dog.fill * float(((frame_high - frame_low) / (high - low)).min())
     room = frame_high - frame_low - scale * (high - low)
-    shift = frame_low + room * (dog.place[0], drop) - scale * low
+    if dog.pose != "portrait":  # paws belong on the ground, which every scene has from 0.84 down
+        room[1], frame_low[1] = min(room[1], 0.11), frame_low[1] + max(0.0, room[1] - 0.11)
+    shift = frame_low + room * dog.place - scale * low
     return (
         [shape.moved(scale * mirror, shift) for shape in body_shapes],
         [shape.moved(scale * tilted, scale * at + shift) for shape in head_shapes],
@@ -96,9 +96,12 @@ def moved(grid: Points, cells: int) -> Points:
 
 def ground_shadow(shapes: list[Shape]) -> Points:
     """The light `(GRID, GRID)` that a dog's contact with the ground leaves."""
-    (left, _), (right, ground) = extent(shapes)
+    points = np.vstack([shape.points for shape in shapes])
+    ground = points[:, 1].max()
+    soles = points[points[:, 1] > ground - 0.05, 0]
+    left, right = soles.min(), soles.max()
     canvas = Image.new("L", (GRID, GRID), 128)
-    box = [GRID * (left + 0.02), GRID * (ground - 0.06), GRID * (right - 0.02), GRID * (ground + 0.025)]
+    box = [GRID * (left - 0.02), GRID * (ground - 0.06), GRID * (right + 0.02), GRID * (ground + 0.025)]
     ImageDraw.Draw(canvas).ellipse(box, fill=62)
     return np.asarray(canvas.filter(ImageFilter.GaussianBlur(1.6)), dtype=np.float64)
 

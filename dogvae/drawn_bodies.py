@@ -5,6 +5,8 @@ Lengths are in head units. Each pose gives its shapes in painting order, far par
 
 from __future__ import annotations
 
+import numpy as np
+
 from dogvae.drawn_breeds import Dog
 from dogvae.drawn_heads import Marks, blots, furred, mirrored, rim
 from dogvae.drawn_ink import Colour, Dice, Shape, curve, darker, ellipse, fluffy, limb, mix
@@ -14,7 +16,8 @@ Place = tuple[float, float]
 
 def body(dog: Dog, dice: Dice) -> tuple[list[Shape], Place]:
     """The body in the dog's pose, and where the head's middle goes."""
-    return {"portrait": bust, "sitting": sitting, "standing": standing, "lying": lying}[dog.pose](dog, dice)
+    poses = {"portrait": bust, "sitting": sitting, "standing": standing, "lying": lying, "playing": playing}
+    return poses[dog.pose](dog, dice)
 
 
 def bust(dog: Dog, dice: Dice) -> tuple[list[Shape], Place]:
@@ -65,27 +68,68 @@ def standing(dog: Dog, dice: Dice) -> tuple[list[Shape], Place]:
     g, half, up = breed.girth, breed.body / 2, breed.legs
     mid, shade = -up - 0.72 * g, darker(colour, 0.2)
     step, wide = 0.3 * dog.stride * min(1.0, up), 0.3 + 0.16 * g
-    hip, front = -half + 0.42, half - 0.36
+    front = half - 0.36
     marks = flank(dog, dice, (-half - 0.2, mid - g, half + 0.3, 0.0), mid)
-    out = leg(dog, [(hip + 0.22, mid), (hip + 0.28 + step, -0.5 * up), (hip + 0.2 + step, -0.12)], wide, shade)
     far = [(front - 0.2, mid), (front - 0.16 - step, -0.5 * up), (front - 0.2 - 1.4 * step, -0.12)]
-    out += leg(dog, far, wide, shade) + tail(dog, -half, mid - 0.45 * g)
+    near = [(front, mid + 0.35 * g), (front + 0.04 + step, -0.5 * up), (front + 1.4 * step, -0.08)]
+    far_hind, near_hind = hind_legs(dog, mid, step, wide, marks)
+    out = [*far_hind, *leg(dog, far, wide, shade), *side(dog, mid, marks), *near_hind]
+    out += leg(dog, near, wide, colour, marks)
+    out.append(Shape(ellipse(front, mid + 0.3 * g, 0.36, 0.5 * g), colour, None, marks))
+    return out + collar(dog, half + 0.16, mid - g + 0.18, 0.5, 0.16), (half + 0.4, mid - g - 0.8)
+
+
+def playing(dog: Dog, dice: Dice) -> tuple[list[Shape], Place]:
+    """The bow that asks to play: elbows on the ground, rump in the air, seen from the side."""
+    breed, coat, colour = dog.breed, dog.coat, dog.coat.base
+    g, half, up = breed.girth, breed.body / 2, breed.legs
+    mid, wide, foot = -up - 0.72 * g, 0.3 + 0.16 * g, coat.feet or coat.base
+    hip = np.array([-half + 0.42, mid])
+    sine = min(0.55, (up + 0.72 * g - 0.15 - 0.8 * g) / (breed.body - 0.62))
+    bow = np.array([[np.sqrt(1 - sine**2), -sine], [sine, np.sqrt(1 - sine**2)]])
+    marks = flank(dog, dice, (-half - 0.2, mid - g, half + 0.3, 0.0), mid)
+    around = hip - bow @ hip
+    trunk = [shape.moved(bow, around) for shape in side(dog, mid, marks)]
+    band = [shape.moved(bow, around) for shape in collar(dog, half + 0.16, mid - g + 0.18, 0.5, 0.16)]
+    x, y = bow @ (half - 0.3, mid + 0.3 * g) + around
+    sock = ((ellipse(x + 0.95, -0.15, 0.5, 0.5), foot),) if coat.feet else ()
+    far = limb([(x + 0.1, y), (x + 0.3, -0.34), (x + 1.1, -0.26)], 0.5, 0.36)
+    near = limb([(x, y), (x + 0.05, -0.3), (x + 0.9, -0.18)], 0.62, 0.38)
+    far_hind, near_hind = hind_legs(dog, mid, 0.15 * dog.stride, wide, trunk[-1].marks)
+    out = [*far_hind, Shape(far, darker(colour, 0.2), rim(colour)), *paw(x + 1.2, -0.08, 0.3, darker(foot, 0.15))]
+    out += [*trunk, *near_hind, Shape(near, colour, rim(colour), sock), *paw(x + 0.98, 0.06, 0.32, foot)]
+    out.append(Shape(ellipse(x, y, 0.34, 0.4 * g), colour, None, trunk[-1].marks))
+    at = bow @ (half + 0.4, mid - g - 0.8) + around
+    return out + band, (float(at[0]), float(at[1]))
+
+
+def side(dog: Dog, mid: float, marks: Marks) -> list[Shape]:
+    """Tail, neck and trunk seen from the side, level, around y = `mid`."""
+    colour, g, half = dog.coat.base, dog.breed.girth, dog.breed.body / 2
     below = [(half + 0.22, mid - 0.1), (half - 0.2, mid + 0.9 * g), (0.1 * half, mid + 0.82 * g)]
     rump = [(-half + 0.5, mid + 0.62 * g), (-half - 0.1, mid + 0.2 * g), (-half + 0.02, mid - 0.6 * g)]
     back = [(-half + 0.55, mid - 0.86 * g), (0, mid - 0.82 * g), (half - 0.45, mid - 1.0 * g)]
     trunk = furred(dog, curve(below + rump + back))
     nape = (half + 0.32, mid - g - 0.42)
     neck = furred(dog, limb([(half - 0.5, mid - 0.1), (half + 0.02, mid - 0.7 * g), nape], 1.5 * g, 0.9))
-    # Each overlap of one coat is painted twice, with its rim below: the outline then runs around both parts.
-    out += [Shape(neck, colour, rim(colour), marks), Shape(trunk, colour, rim(colour), marks)]
-    out.append(Shape(neck, colour, None, marks))
-    hind = [(hip, mid + 0.3), (hip - 0.06 - 0.6 * step, -0.5 * up), (hip - 0.1 - step, -0.1)]
-    out += leg(dog, hind, wide, colour, marks)
-    out.append(Shape(ellipse(hip + 0.02, mid + 0.12 * g, 0.5, 0.6 * g + 0.1, 0.15), colour, None, marks))
-    near = [(front, mid + 0.35 * g), (front + 0.04 + step, -0.5 * up), (front + 1.4 * step, -0.08)]
-    out += leg(dog, near, wide, colour, marks)
-    out.append(Shape(ellipse(front, mid + 0.3 * g, 0.36, 0.5 * g), colour, None, marks))
-    return out + collar(dog, half + 0.16, mid - g + 0.18, 0.5, 0.16), (half + 0.4, mid - g - 0.8)
+    # The neck is painted again without its rim: the outline then runs around neck and trunk as one.
+    over = Shape(neck, colour, None, marks)
+    return [
+        *tail(dog, -half, mid - 0.45 * g),
+        Shape(neck, colour, rim(colour), marks),
+        Shape(trunk, colour, rim(colour), marks),
+        over,
+    ]
+
+
+def hind_legs(dog: Dog, mid: float, step: float, wide: float, marks: Marks) -> tuple[list[Shape], list[Shape]]:
+    """The far hind leg, and the near one with its thigh, for a hip at y = `mid`."""
+    colour, up, hip = dog.coat.base, dog.breed.legs, -dog.breed.body / 2 + 0.42
+    far = [(hip + 0.22, mid), (hip + 0.28 + step, -0.5 * up), (hip + 0.2 + step, -0.12)]
+    near = [(hip, mid + 0.3), (hip - 0.06 - 0.6 * step, -0.5 * up), (hip - 0.1 - step, -0.1)]
+    thigh = ellipse(hip + 0.02, mid + 0.12 * dog.breed.girth, 0.5, 0.6 * dog.breed.girth + 0.1, 0.15)
+    over = Shape(thigh, colour, None, marks)
+    return leg(dog, far, wide, darker(colour, 0.2)), [*leg(dog, near, wide, colour, marks), over]
 
 
 def lying(dog: Dog, dice: Dice) -> tuple[list[Shape], Place]:

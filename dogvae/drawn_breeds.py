@@ -11,10 +11,11 @@ from typing import Literal
 from dogvae.drawn_ink import Colour, Dice
 from dogvae.drawn_scenes import SCENES, TOYS, Scene
 
-Pose = Literal["portrait", "sitting", "standing", "lying"]
+Pose = Literal["portrait", "sitting", "standing", "lying", "playing"]
 Ears = Literal["droopy", "pointed", "folded", "bat", "button", "puff"]
+Eyes = Literal["open", "happy", "asleep"]
 Tail = Literal["otter", "curl", "plume", "stub", "whip", "pompon"]
-POSES: tuple[Pose, ...] = ("portrait", "sitting", "standing", "lying")
+POSES: tuple[Pose, ...] = ("portrait", "sitting", "standing", "lying", "playing")
 
 BLACK, CHARCOAL, CHOCOLATE, RED = (66, 62, 72), (96, 96, 108), (122, 80, 58), (196, 110, 62)
 GOLDEN, CREAM, WHITE, GREY = (226, 170, 94), (242, 218, 178), (250, 245, 236), (150, 154, 166)
@@ -122,7 +123,7 @@ class Dog:
     left: bool  # faces left
     turn: float  # of the head to the dog's front, -1..1
     tilt: float  # of the head, radians
-    eyes: Literal["open", "happy", "sleepy"]
+    eyes: Eyes
     iris: Colour
     tongue: float  # length, 0 = mouth closed
     collar: Colour | None
@@ -139,15 +140,17 @@ def cast(index: int, seed: int = 0) -> Dog:
     """The dog number `index` (>= 0) of the series `seed` (>= 0): the same on every machine."""
     dice = Dice(seed, index)
     breed = dice.pick(BREEDS)
+    pose = dice.pick(POSES)
+    closed: Eyes = "asleep" if pose == "lying" else "happy"
     icy = breed.name in ("husky", "collie") and dice.chance(0.5)
     return Dog(
         breed=breed,
         coat=dice.pick(breed.coats),
-        pose=dice.pick(POSES),
+        pose=pose,
         left=dice.chance(0.5),
         turn=dice.uniform(-0.25, 0.9),
         tilt=dice.uniform(-0.2, 0.2),
-        eyes=dice.pick(("open", "open", "open", "open", "open", "happy", "sleepy")),
+        eyes=dice.pick(("open", "open", "open", "open", closed)),
         iris=(110, 176, 226) if icy else dice.pick(((104, 62, 40), (134, 84, 44), (80, 52, 44))),
         tongue=dice.pick((0.0, 0.0, 0.0, dice.uniform(0.25, 0.4), dice.uniform(0.4, 0.65))),
         collar=dice.pick((*TOYS, None, None)),

@@ -140,7 +140,9 @@ def muzzle(dog: Dog, x: float) -> list[Shape]:
     breed = dog.breed
     mw, mh = breed.muzzle
     colour = dog.coat.muzzle or mix(dog.coat.base, SHINE, 0.12)
-    edge, line, y = darker(colour, 0.22), darker(colour, 0.62), 0.44
+    edge, y = darker(colour, 0.22), 0.44
+    dark = sum(colour) < 300  # dark lines would be lost on it
+    line = mix(colour, SHINE, 0.28) if dark else darker(colour, 0.62)
     chin = mix(colour, INK, 0.1)
     out: list[Shape] = []
     if breed.bearded:
@@ -162,38 +164,32 @@ def muzzle(dog: Dog, x: float) -> list[Shape]:
     nose_y, lip_y = y - 0.52 * mh, y + 0.42 * mh
     out.append(Shape(limb([(x, nose_y), (x, lip_y)], 0.045, 0.045), line))
     for s in (-1, 1):
-        corner = (x + s * 0.68 * mw, lip_y - 0.14 * mh + 1.2 * jowl)
+        corner = (x + s * 0.68 * mw, lip_y - 0.26 * mh + 0.9 * jowl)
         out.append(
-            Shape(limb([(x, lip_y), (x + s * 0.34 * mw, lip_y + 0.18 * mh + jowl * 0.5), corner], 0.05, 0.04), line)
+            Shape(limb([(x, lip_y), (x + s * 0.34 * mw, lip_y + 0.22 * mh + jowl * 0.7), corner], 0.05, 0.04), line)
         )
     n = breed.nose
     half = [(0, nose_y - 0.75 * n), (n, nose_y - 0.55 * n), (0.8 * n, nose_y + 0.25 * n), (0, nose_y + 0.72 * n)]
-    out.append(Shape(mirrored(half, x), INK))
+    out.append(Shape(mirrored(half, x), INK, line if dark else None))
     out.append(Shape(ellipse(x - 0.25 * n, nose_y - 0.35 * n, 0.32 * n, 0.16 * n), (150, 138, 150)))
     return out
 
 
 def eyes(dog: Dog, x: float) -> list[Shape]:
-    """Both eyes around `x`, with highlights and lids."""
+    """Both eyes around `x`, with highlights, or closed."""
     r, y, apart = dog.breed.eye, -0.12, 0.46 if dog.breed.wrinkled else 0.4
-    # Around the eyes a husky's mask is pale: lids take the colour that is there.
-    skin = dog.coat.mask or dog.coat.base
+    skin = dog.coat.mask or dog.coat.base  # a mask is what surrounds the eyes, where there is one
     out: list[Shape] = []
     for s in (-1, 1):
         cx = x + s * apart * (1.0 - 0.12 * max(0.0, s * dog.turn))
-        if dog.eyes == "happy":
-            arch = [(cx - 1.1 * r, y + 0.4 * r), (cx, y - 0.7 * r), (cx + 1.1 * r, y + 0.4 * r)]
-            out.append(Shape(limb(arch, 0.065, 0.065), INK, mix(skin, SHINE, 0.2)))
+        if dog.eyes != "open":
+            up = 0.7 * r if dog.eyes == "happy" else -0.6 * r
+            lid = [(cx - 1.1 * r, y + 0.5 * up), (cx, y - up), (cx + 1.1 * r, y + 0.5 * up)]
+            out.append(Shape(limb(lid, 0.065, 0.065), INK, mix(skin, SHINE, 0.4 if sum(skin) < 300 else 0.15)))
             continue
         out.append(Shape(ellipse(cx, y, r * 1.12, r * 1.22), INK, mix(skin, INK, 0.35)))
         out.append(Shape(ellipse(cx, y + 0.1 * r, 0.84 * r, 0.9 * r), dog.iris))
         out.append(Shape(ellipse(cx, y, 0.6 * r, 0.66 * r), INK))
         out.append(Shape(ellipse(cx + 0.3 * r, y - 0.42 * r, 0.38 * r, 0.38 * r), SHINE))
         out.append(Shape(ellipse(cx - 0.36 * r, y + 0.5 * r, 0.2 * r, 0.2 * r), mix(dog.iris, SHINE, 0.6)))
-        if dog.eyes == "sleepy":
-            inner, outer = (cx - s * 1.2 * r, y - 0.55 * r), (cx + s * 1.3 * r, y + 0.2 * r)
-            lash = [inner, (cx + s * 0.2 * r, y - 0.4 * r), outer]
-            top = [(cx + s * 0.95 * r, y - 1.1 * r), (cx - s * 0.6 * r, y - 1.5 * r)]
-            out.append(Shape(curve(lash + top), mix(skin, SHINE, 0.08)))
-            out.append(Shape(limb(lash, 0.045, 0.055), INK))
     return out

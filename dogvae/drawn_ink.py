@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -17,7 +18,9 @@ Points = NDArray[np.float64]
 Colour = tuple[int, int, int]
 T = TypeVar("T")
 
-_CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 32, False)), np.sin(np.linspace(0, 2 * np.pi, 32, False))], 1)
+_TURN = np.linspace(0, 2 * np.pi, 32, endpoint=False)
+_CIRCLE = np.stack([np.cos(_TURN), np.sin(_TURN)], 1)
+_HALF_TURN = _CIRCLE[2:16:2]
 _T = np.linspace(0, 1, 7, endpoint=False)[:, None]
 _CATMULL_ROM = 0.5 * np.hstack(
     [-_T + 2 * _T**2 - _T**3, 2 - 5 * _T**2 + 3 * _T**3, _T + 4 * _T**2 - 3 * _T**3, _T**3 - _T**2]
@@ -29,7 +32,7 @@ class Dice:
 
     def __init__(self, *key: int) -> None:
         # NumPy promises that SeedSequence's words never change; it makes no such promise for Generator's methods.
-        self._words = np.random.SeedSequence(key).generate_state(1024).tolist()
+        self._words = np.random.SeedSequence(key).generate_state(512).tolist()
         self._next = 0
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
@@ -82,30 +85,42 @@ def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> Poi
     return _CIRCLE * (rx, ry) @ np.array([[c, s], [-s, c]]) + (x, y)
 
 
+@cache
+def _basis(k: int, closed: bool) -> Points:
+    """The weights `(m, k)` of `k` points in the curve through them: a curve is linear in its points."""
+    here = np.eye(k)
+    if closed:
+        around = [np.roll(here, shift, 0) for shift in (1, 0, -1, -2)]
+    else:
+        ends = here[[0, *range(k), k - 1]]
+        around = [ends[i : i + k - 1] for i in range(4)]
+    out = np.einsum("tj,jpk->ptk", _CATMULL_ROM, np.stack(around)).reshape(-1, k)
+    return out if closed else np.vstack([out, here[-1:]])
+
+
+@cache
+def _slope(k: int) -> Points:
+    """The weights `(m, k)` of `k` points in the tangents of the open curve through them."""
+    slope: Points = np.gradient(_basis(k, False), axis=0)
+    return slope
+
+
 def curve(points: ArrayLike, closed: bool = True) -> Points:
     """A Catmull-Rom curve through `points` `(k, 2)`: `(7k, 2)` if closed, else from the first point to the last."""
     p = np.asarray(points, dtype=np.float64)
-    if closed:
-        before, after, later = np.roll(p, 1, 0), np.roll(p, -1, 0), np.roll(p, -2, 0)
-        here = p
-    else:
-        before, here, after = np.vstack([p[:1], p[:-2]]), p[:-1], p[1:]
-        later = np.vstack([p[2:], p[-1:]])
-    out = np.einsum("tk,kpc->ptc", _CATMULL_ROM, np.stack([before, here, after, later])).reshape(-1, 2)
-    return out if closed else np.vstack([out, p[-1:]])
+    return _basis(len(p), closed) @ p
 
 
 def limb(path: ArrayLike, start: float, end: float) -> Points:
     """A round-ended stroke along the curve through `path` `(k, 2)`, `start` wide at first and `end` wide at last."""
-    p = curve(path, closed=False)
-    along = np.gradient(p, axis=0)
+    knots = np.asarray(path, dtype=np.float64)
+    middle, along = _basis(len(knots), False) @ knots, _slope(len(knots)) @ knots
     along /= np.maximum(np.hypot(along[:, 0], along[:, 1]), 1e-9)[:, None]
-    side = np.stack([-along[:, 1], along[:, 0]], 1)
-    radius = np.linspace(start / 2, end / 2, len(p))[:, None]
-    half = np.linspace(0, np.pi, 9)[1:-1, None]
-    cap = p[-1] + end / 2 * (np.cos(half) * side[-1] + np.sin(half) * along[-1])
-    heel = p[0] - start / 2 * (np.cos(half) * side[0] + np.sin(half) * along[0])
-    return np.vstack([p + radius * side, cap, (p - radius * side)[::-1], heel])
+    side = along[:, ::-1] * (-1.0, 1.0)
+    offset = side * np.linspace(start / 2, end / 2, len(middle))[:, None]
+    cap = middle[-1] + end / 2 * _HALF_TURN @ np.stack([side[-1], along[-1]])
+    heel = middle[0] - start / 2 * _HALF_TURN @ np.stack([side[0], along[0]])
+    return np.concatenate([middle + offset, cap, (middle - offset)[::-1], heel])
 
 
 def swollen(points: Points, by: float) -> Points:

@@ -31,8 +31,8 @@ def fade(image: Image.Image, top: Colour, bottom: Colour, start: float, end: flo
     w, h = image.size
     low, high = round(start * h), round(end * h)
     if high > low:
-        ramp = np.linspace(top, bottom, 24).round().astype(np.uint8)[:, None, :]
-        image.paste(Image.fromarray(ramp).resize((w, high - low), Image.Resampling.BILINEAR), (0, low))
+        ramp = np.linspace(top, bottom, high - low).round().astype(np.uint8)
+        image.paste(Image.fromarray(np.repeat(ramp[:, None, :], w, axis=1)), (0, low))
 
 
 def box(x0: float, y0: float, x1: float, y1: float, soft: float = 0.0) -> np.ndarray:
