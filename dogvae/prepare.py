@@ -1,0 +1,205 @@
+"""Raw photos to a dataset: uint8 shards, an index, a list of what was rejected, a manifest. Ray does the decoding.
+
+from dogvae.prepare import prepare
+prepare("photos/", "dataset", size=64)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from dogvae.cluster import connect
+from dogvae.console import Progress, UsageError, say
+from dogvae.decode import crops
+from dogvae.photos import Photo, Rejected, Source
+from dogvae.shards import Row, appearing, existing, write_dataset
+from dogvae.sources import open_source
+
+SIZES = (32, 64, 128)
+CROPS = ("center", "box")
+BATCH_PHOTOS, BATCH_BYTES = 32, 8 * 2**20  # of one task: about 30 ms, so that the last ones end together
+
+Batch = list["Photo | Rejected"]
+
+
+def prepare(
+    source: str,
+    out: str | Path,
+    *,
+    size: int = 64,
+    crop: str = "center",
+    val_fraction: float = 0.05,
+    workers: int | None = None,
+) -> Path:
+    """Prepare the photos of `source` (see `open_source`) into the folder `out`, and return it.
+
+    `size` is the edge in pixels (32, 64 or 128), `crop` what is cut from a photo ("center", or "box" for each bounding
+    box), `val_fraction` the share of photos for validation. `workers` is how many tasks decode at once (default: all
+    CPUs of the cluster); the result is the same for any number. An `out` that was prepared from the same source with
+    the same settings is left as it is. Raises UsageError, and then leaves nothing behind.
+    """
+    settings = _settings(size, crop, val_fraction, workers)
+    target = Path(os.path.realpath(out))
+    existing(target)  # before a long listing of the source: may raise
+    opened = open_source(source, crop)
+    if Path(os.path.realpath(opened.name)) in (target, *target.parents):
+        raise UsageError(f"OUT {out} is inside SOURCE {source}: name a folder outside it")
+    return _prepare(opened, target, settings, workers)
+
+
+def cached(
+    source: str,
+    cache_dir: str | Path,
+    *,
+    size: int = 64,
+    crop: str = "center",
+    val_fraction: float = 0.05,
+    workers: int | None = None,
+) -> Path:
+    """As `prepare`, into a folder of `cache_dir` that is named by source and settings: a later call finds it there."""
+    settings = _settings(size, crop, val_fraction, workers)
+    opened = open_source(source, crop)
+    key = hashlib.sha256(json.dumps([opened.signature(), settings]).encode()).hexdigest()[:16]
+    return _prepare(opened, Path(os.path.realpath(cache_dir)) / key, settings, workers)
+
+
+def _settings(size: int, crop: str, val_fraction: float, workers: int | None) -> dict[str, Any]:
+    if size not in SIZES:
+        raise UsageError(f"--size {size}: must be one of {', '.join(map(str, SIZES))}")
+    if crop not in CROPS:
+        raise UsageError(f"--crop {crop}: must be one of {', '.join(CROPS)}")
+    if not 0 < val_fraction < 1:
+        raise UsageError(f"--val-fraction {val_fraction}: must be between 0 and 1, as 0.05")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: must be at least 1")
+    return {"size": size, "crop": crop, "val_fraction": val_fraction}
+
+
+def _prepare(source: Source, out: Path, settings: dict[str, Any], workers: int | None) -> Path:
+    described = {"kind": source.kind, "name": source.name, "signature": source.signature()}
+    manifest = existing(out)
+    if manifest:
+        _must_match(out, manifest, described, settings)
+        say(f"{out} is prepared already: {_counts(manifest)}")
+        return out
+    rows = _Decoding(source, settings["size"], workers)
+    with appearing(out) as folder:
+        mine = write_dataset(folder, rows, described, settings)
+    manifest = existing(out)
+    assert manifest, "it has just appeared"
+    _must_match(out, manifest, described, settings)  # another run may have been first
+    say(f"{out}: {_counts(mine)}, {rows.done / rows.seconds:.0f} images/s")
+    if mine["rejected"]:
+        say(f"{out / 'rejected.csv'} lists the {mine['rejected']} rejected files and why")
+    return out
+
+
+def _counts(manifest: dict[str, Any]) -> str:
+    train, val = (manifest["splits"][split]["count"] for split in ("train", "val"))
+    return f"{train} train + {val} val images, {manifest['rejected']} rejected"
+
+
+def _must_match(out: Path, manifest: dict[str, Any], source: dict[str, str], settings: dict[str, Any]) -> None:
+    differs = [
+        f"--{name.replace('_', '-')} {manifest['settings'].get(name)}, not {wanted}"
+        for name, wanted in settings.items()
+        if manifest["settings"].get(name) != wanted
+    ]
+    if manifest["source"]["signature"] != source["signature"]:
+        was = manifest["source"]["name"]
+        differs.append(f"another SOURCE, {was}" if was != source["name"] else "a SOURCE that has changed since")
+    if differs:
+        raise UsageError(f"OUT {out} was prepared with {'; '.join(differs)}: name another folder, or delete this one")
+
+
+def decode_batch(batch: Batch, size: int) -> list[Row]:
+    """What a task does: the rows of each photo, in order."""
+    rows = []
+    for photo in batch:
+        if isinstance(photo, Rejected):
+            rows.append(Row(photo.path, None, b"", photo.reason))
+            continue
+        data = photo.data if isinstance(photo.data, bytes) else str(photo.data).encode()
+        digest = hashlib.sha256(data).digest()
+        rows += [Row(photo.path, box, digest, pixels) for box, pixels in crops(photo, size)]
+    return rows
+
+
+class _Decoding:
+    """Iterate for the rows of `source`: in its order, however many tasks work on it.
+
+    Afterwards `done` is the number of images, and `seconds` the time from the first task to the last result.
+    """
+
+    def __init__(self, source: Source, size: int, workers: int | None) -> None:
+        self._source, self._size, self._workers = source, size, workers
+        self.done = 0
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Row]:
+        batches = _batches(self._source)
+        first = next(batches, None)
+        if first is None:
+            return
+        connect()  # only now: a source that turns out to be wrong should not first wait for Ray
+        import ray
+
+        # A task that dies is not retried as it is: one photo may have killed it, and `_result` finds out which.
+        decode = ray.remote(num_cpus=1, max_retries=0)(decode_batch)
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        # Two batches for each CPU, so that none waits for this process. But fewer workers than CPUs can only be had by
+        # submitting no more tasks than that.
+        most = 2 * cpus if self._workers is None or self._workers >= cpus else self._workers
+        pending: deque[tuple[Any, Batch]] = deque()
+        upcoming = chain([first], batches)
+
+        def submit() -> None:
+            while len(pending) < most and (batch := next(upcoming, None)) is not None:
+                pending.append((decode.remote(batch, self._size), batch))
+
+        started = time.monotonic()
+        with Progress("preparing") as progress:
+            submit()
+            while pending:
+                rows = self._result(decode, *pending.popleft())
+                submit()
+                self.done += sum(not isinstance(row.pixels, str) for row in rows)
+                self.seconds = time.monotonic() - started
+                progress.update(self._source.share, 1.0, f"{self.done} images, {self.done / self.seconds:.0f}/s")
+                yield from rows
+
+    def _result(self, decode: Any, task: Any, batch: Batch, alone: bool = False) -> list[Row]:
+        import ray
+        from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
+
+        try:
+            rows: list[Row] = ray.get(task)
+        except (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError):
+            if alone:
+                return [Row(batch[0].path, None, b"", "its decoder crashed")]
+            rows = []
+            for photo in batch:
+                rows += self._result(decode, decode.remote([photo], self._size), [photo], alone=True)
+        return rows
+
+
+def _batches(source: Source) -> Iterator[Batch]:
+    batch: Batch = []
+    used = 0
+    for photo in source:
+        batch.append(photo)
+        if isinstance(photo, Photo) and isinstance(photo.data, bytes):
+            used += len(photo.data)
+        if len(batch) == BATCH_PHOTOS or used >= BATCH_BYTES:
+            yield batch
+            batch, used = [], 0
+    if batch:
+        yield batch
