@@ -61,13 +61,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _crop(image: Image.Image, size: int, box: Box | None) -> Crop:
-    left, top, right, bottom = box or (0, 0, *image.size)
-    left, top, right, bottom = max(0, left), max(0, top), min(image.width, right), min(image.height, bottom)
-    if left >= right or top >= bottom:
-        return box, f"box {box} is empty or outside the image ({image.width} x {image.height} pixels)"
+    if box:
+        left, top, right, bottom = max(0, box[0]), max(0, box[1]), min(image.width, box[2]), min(image.height, box[3])
+        if left >= right or top >= bottom:
+            return box, f"box {box} is empty or outside the image ({image.width} x {image.height} pixels)"
+        image = image.crop((left, top, right, bottom))  # first, or the filter would see what is around the box
     # Cutting the square and resizing are one step, so that a 1 x 5000 image never becomes a 64 x 320000 one. The
     # square is exactly in the centre, half pixels included: a photo and its mirror image get mirrored crops.
-    side = min(right - left, bottom - top)
-    x, y = (left + right - side) / 2, (top + bottom - side) / 2
+    side = min(image.size)
+    x, y = (image.width - side) / 2, (image.height - side) / 2
     square = image.resize((size, size), Image.Resampling.LANCZOS, (x, y, x + side, y + side), reducing_gap=3.0)
     return box, np.asarray(square).transpose(2, 0, 1)

@@ -50,9 +50,8 @@ def prepare(
     target = Path(os.path.realpath(out))
     existing(target)  # before a long listing of the source: may raise
     opened = open_source(source, crop)
-    if Path(os.path.realpath(opened.name)) in (target, *target.parents):
-        raise UsageError(f"OUT {out} is inside SOURCE {source}: name a folder outside it")
-    return _prepare(opened, target, settings, workers)
+    _must_be_outside(target, opened)
+    return _prepare(opened, opened.signature(), target, settings, workers)
 
 
 def cached(
@@ -66,9 +65,12 @@ def cached(
 ) -> Path:
     """As `prepare`, into a folder of `cache_dir` that is named by source and settings: a later call finds it there."""
     settings = _settings(size, crop, val_fraction, workers)
+    folder = Path(os.path.realpath(cache_dir))
     opened = open_source(source, crop)
-    key = hashlib.sha256(json.dumps([opened.signature(), settings]).encode()).hexdigest()[:16]
-    return _prepare(opened, Path(os.path.realpath(cache_dir)) / key, settings, workers)
+    _must_be_outside(folder, opened)
+    signature = opened.signature()
+    key = hashlib.sha256(json.dumps([signature, settings]).encode()).hexdigest()[:16]
+    return _prepare(opened, signature, folder / key, settings, workers)
 
 
 def _settings(size: int, crop: str, val_fraction: float, workers: int | None) -> dict[str, Any]:
@@ -83,8 +85,13 @@ def _settings(size: int, crop: str, val_fraction: float, workers: int | None) ->
     return {"size": size, "crop": crop, "val_fraction": val_fraction}
 
 
-def _prepare(source: Source, out: Path, settings: dict[str, Any], workers: int | None) -> Path:
-    described = {"kind": source.kind, "name": source.name, "signature": source.signature()}
+def _must_be_outside(out: Path, source: Source) -> None:
+    if Path(os.path.realpath(source.name)) in (out, *out.parents):
+        raise UsageError(f"OUT {out} is inside SOURCE {source.name}: name a folder outside it")
+
+
+def _prepare(source: Source, signature: str, out: Path, settings: dict[str, Any], workers: int | None) -> Path:
+    described = {"kind": source.kind, "name": source.name, "signature": signature}
     manifest = existing(out)
     if manifest:
         _must_match(out, manifest, described, settings)

@@ -172,6 +172,8 @@ def appearing(out: Path) -> Iterator[Path]:
     made `out` in the meantime, theirs stays. Raises UsageError if it cannot be written.
     """
     prefix = f".{out.name}.partial-"
+    if out.is_mount():
+        raise UsageError(f"OUT {out} is a mount point, which cannot be replaced: name a folder inside it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for name in os.listdir(out.parent):
