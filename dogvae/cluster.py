@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 
@@ -18,7 +19,7 @@ def connect(verbose: bool = False) -> str:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # patched, a worker's line comes out twice
         ray.init(
             log_to_driver=verbose,
-            logging_level="INFO" if verbose else "ERROR",
+            logging_level=logging.INFO if verbose else logging.ERROR,
             include_dashboard=False,
             configure_logging=True,
         )

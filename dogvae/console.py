@@ -31,19 +31,21 @@ def warn(message: str) -> None:
 
 
 class Progress:
-    """A progress line with the time left: live on a terminal, a plain line every `PLAIN_INTERVAL_S` elsewhere.
+    """A progress line with the time left: live on a terminal, a plain line every `plain_interval_s` elsewhere.
 
     Use as a context manager; call `update(done, total, text)` as often as you like. `done` counts in any unit;
     the time left comes from the share done since the first update. `note(line)` prints a lasting line above it.
     """
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, plain_interval_s: float = PLAIN_INTERVAL_S) -> None:
         self._title = title
+        self._plain_interval_s = plain_interval_s
         self._started: tuple[float, float] | None = None  # (time, done) at the first update: a resumed run starts late
         self._last_plain = time.monotonic()
         self._live = None
         if sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress as RichProgress, TextColumn
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as RichProgress
 
             self._live = RichProgress(
                 TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}")
@@ -61,8 +63,8 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def update(self, done: float, total: float, text: str) -> None:
-        """Say that `done` of `total` is done; `text` is what stands behind the bar."""
+    def update(self, done: float, total: float, text: str, milestone: bool = False) -> None:
+        """Say that `done` of `total` is done; `text` is what stands behind the bar. A log hears every milestone."""
         now = time.monotonic()
         if self._started is None:
             self._started = (now, done)
@@ -71,7 +73,7 @@ class Progress:
             text = f"{text}, {clock((now - since) * (total - done) / (done - first))} left"
         if self._live:
             self._live.update(self._task, completed=done, total=total, text=text)
-        elif now - self._last_plain >= PLAIN_INTERVAL_S:
+        elif milestone or now - self._last_plain >= self._plain_interval_s:
             self._last_plain = now
             say(f"{self._title}: {text}")
 

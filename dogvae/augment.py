@@ -1,0 +1,47 @@
+"""Batched augmentation on the device: horizontal flip and small rotation, the notebook's two.
+
+The draws are made for the whole global batch from (seed, epoch, step) and sliced by rank, so that any number of
+workers sees the same images.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dogvae.dataset import random_words
+
+FLIP_P = 0.5
+ROTATE_P = 0.3
+MAX_DEGREES = 10.0
+
+
+def draws(n: int, seed: int, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """For a global batch of `n` images: which are flipped (n,) bool, and by how many degrees each turns (n,) float32.
+
+    0 degrees is no rotation; positive turns counter-clockwise.
+    """
+    u = random_words(3 * n, seed, epoch, step, 1).reshape(3, n) / 2.0**64
+    flip = u[0] < FLIP_P
+    degrees = np.where(u[1] < ROTATE_P, (2 * u[2] - 1) * MAX_DEGREES, 0.0)
+    return flip, degrees.astype(np.float32)
+
+
+def augment(x_bchw: Tensor, flip_b: Tensor, degrees_b: Tensor) -> Tensor:
+    """Flip, then rotate each image about its centre (bilinear; the border is reflected, so no corner turns black).
+
+    Images in [0, 1]; an image that is not rotated keeps its exact values.
+    """
+    if len(x_bchw) == 0:  # a short last batch may leave a rank without images; affine_grid refuses those
+        return x_bchw
+    x = torch.where(flip_b[:, None, None, None], x_bchw.flip(3), x_bchw)
+    radians = degrees_b * (math.pi / 180)
+    cos, sin, zero = torch.cos(radians), torch.sin(radians), torch.zeros_like(radians)
+    theta = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    turned = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return torch.where((degrees_b != 0)[:, None, None, None], turned, x)

@@ -1,0 +1,178 @@
+"""A prepared dataset: opening it, the order of its images, and uint8 batches on the device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dogvae.console import UsageError
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "dogvae-dataset", 1
+RESIDENT_SHARE = 0.25  # of the device's free memory: what a dataset may fill before it is streamed instead
+
+
+def random_words(n: int, *key: int) -> np.ndarray:
+    """`n` uint64 words that depend on nothing but `key`: the same on every machine and at every world size.
+
+    Raw Philox output: numpy keeps the streams of bit generators stable over versions, not those of distributions.
+    """
+    return np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of `n` images in which an epoch sees them, int64."""
+    return np.argsort(random_words(n, seed, epoch), kind="stable")
+
+
+def rank_slice(n: int, rank: int, world_size: int) -> slice:
+    """The part of a global batch of `n` images that falls to `rank`: contiguous, sizes differ by one at most."""
+    return slice(n * rank // world_size, n * (rank + 1) // world_size)
+
+
+class Split:
+    """The images of one split, memory-mapped until they are gathered."""
+
+    def __init__(self, root: Path, shards: Sequence[dict[str, Any]], size: int) -> None:
+        self._shards: list[np.ndarray] = []
+        for shard in shards:
+            path = root / shard["file"]
+            try:
+                if path.stat().st_size != shard["bytes"]:
+                    has = path.stat().st_size
+                    raise UsageError(f"{path} has {has} bytes, not {shard['bytes']} as prepared: prepare it again")
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                if isinstance(error, UsageError):
+                    raise
+                raise UsageError(f"{path} cannot be read ({error}): prepare the dataset again") from error
+            if array.dtype != np.uint8 or array.shape != (shard["count"], 3, size, size):
+                raise UsageError(
+                    f"{path} holds {array.dtype} {array.shape}: not what its manifest says; prepare it again"
+                )
+            self._shards.append(array)
+        self._starts = np.cumsum([0] + [len(s) for s in self._shards])
+        self.image_shape = (3, size, size)
+        self.nbytes = sum(s.nbytes for s in self._shards)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def gather(self, indices: np.ndarray) -> Tensor:
+        """Images (b, 3, h, h) uint8 on the CPU, in the order of `indices` (b,)."""
+        if len(self._shards) == 1:
+            return torch.from_numpy(self._shards[0][indices])
+        which = np.searchsorted(self._starts, indices, side="right") - 1
+        out = np.empty((len(indices), *self._shards[0].shape[1:]), np.uint8)
+        for shard in np.unique(which):
+            rows = which == shard
+            out[rows] = self._shards[shard][indices[rows] - self._starts[shard]]
+        return torch.from_numpy(out)
+
+
+class Dataset:
+    """An opened dataset: `train` and `val` splits, `size` of the images and the `fingerprint` of it all."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        manifest = read_manifest(self.path)
+        self.size: int = manifest["size"]
+        self.fingerprint: str = manifest["fingerprint"]
+        self.manifest = manifest
+        self.train, self.val = (
+            Split(self.path, manifest["splits"][split]["shards"], self.size) for split in ("train", "val")
+        )
+
+    def verify(self) -> None:
+        """Compare every shard with its checksum; raises UsageError that names the first one that differs."""
+        for split in self.manifest["splits"].values():
+            for shard in split["shards"]:
+                path = self.path / shard["file"]
+                if sha256_of(path) != shard["sha256"]:
+                    raise UsageError(f"{path} is not what was prepared (its checksum differs): prepare it again")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The checked manifest of a prepared dataset; raises UsageError that says what is wrong with it."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is no prepared dataset: its {MANIFEST} cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UsageError(f"{path / MANIFEST} is not the manifest of a prepared dataset")
+    if manifest.get("version") != VERSION:
+        raise UsageError(
+            f"{path / MANIFEST} has format version {manifest.get('version')}, this dogvae reads {VERSION}: "
+            "prepare the photos again"
+        )
+    return manifest
+
+
+class Batches:
+    """Batches of a split as uint8 (b, 3, h, h) on the device, for lists of indices known beforehand.
+
+    The whole split is put on the device when it fits a quarter of its free memory; on the CPU the memory map is that
+    already, and all workers of a node share its pages. Otherwise each batch is gathered, pinned and copied one ahead.
+    """
+
+    def __init__(self, split: Split, device: torch.device) -> None:
+        self._split = split
+        self._device = device
+        self._resident: Tensor | None = None
+        if device.type == "cuda" and split.nbytes < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+            self._resident = torch.cat([torch.from_numpy(np.array(s)) for s in split._shards]).to(device)
+
+    def __call__(self, batches: Iterable[np.ndarray]) -> Iterator[Tensor]:
+        """One batch for each array of indices."""
+        if self._resident is not None:
+            for indices in batches:
+                yield self._resident[torch.from_numpy(indices).to(self._device, non_blocking=True)]
+            return
+        with ThreadPoolExecutor(1) as ahead:
+            pending = None
+            for indices in batches:
+                upcoming = ahead.submit(self._load, indices)
+                if pending is not None:
+                    yield pending.result()
+                pending = upcoming
+            if pending is not None:
+                yield pending.result()
+
+    def _load(self, indices: np.ndarray) -> Tensor:
+        batch = self._split.gather(indices)
+        return batch if self._device.type == "cpu" else batch.pin_memory().to(self._device, non_blocking=True)
+
+
+def moments(split: Split, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """Mean image and mean squared image (3, h, h), float64 of values in [0, 1]; sums of integers, so exact."""
+    sums = torch.zeros(2, 3, *split.image_shape[1:], dtype=torch.int64)
+    for start in range(0, len(split), chunk):
+        x = split.gather(np.arange(start, min(start + chunk, len(split)))).int()
+        sums += torch.stack([x.sum(dim=0), x.square().sum(dim=0)])
+    return sums[0].double() / (255 * len(split)), sums[1].double() / (255**2 * len(split))
+
+
+def grey_levels(split: Split, chunk: int = 1024) -> np.ndarray:
+    """How often each of the 256 values occurs in all images, (256,) int64."""
+    counts = np.zeros(256, np.int64)
+    for start in range(0, len(split), chunk):
+        x = split.gather(np.arange(start, min(start + chunk, len(split))))
+        counts += np.bincount(x.numpy().ravel(), minlength=256)
+    return counts

@@ -1,0 +1,111 @@
+"""Command lines: flags made from the settings, grouped and with their defaults told, and errors that are one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from dogvae.config import CROPS, Config, ModelConfig, check, fields_of
+from dogvae.console import UsageError
+
+INTERNAL = ("architecture", "data", "fingerprint", "loss_scale")  # settings that a preset or the data decides
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and exits 2, instead of printing the whole usage first."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def training_parser(description: str | None) -> Parser:
+    """The flags of `train_distributed.py`."""
+    top = Parser(prog="train_distributed.py", description=description)
+    run = top.add_argument_group("run")
+    run.add_argument(
+        "--data",
+        help="a folder or archive of photos, oxford-pets, drawn:COUNT, or a prepared dataset (default: drawn dogs)",
+    )
+    run.add_argument(
+        "--runs", default="runs", help="where runs are kept: a folder, or s3:// and the like (default: runs)"
+    )
+    run.add_argument("--name", help="the run's name (default: from the data and the time)")
+    run.add_argument("--resume", action="store_true", help="go on with the run called --name")
+    run.add_argument(
+        "--dry-run", action="store_true", help="print the full configuration and what it would use, and stop"
+    )
+    run.add_argument("--verbose", action="store_true", help="Ray's own log; tracebacks")
+    workers = top.add_argument_group("workers")
+    workers.add_argument("--gpus", type=int, help="workers with a GPU each (default: all GPUs, else CPU workers)")
+    workers.add_argument("--cpus", type=int, help="workers with a CPU each (default without GPUs: all CPUs, at most 8)")
+    workers.add_argument(
+        "--max-failures", type=int, default=3, help="lost workers to recover from; -1: any number (default: 3)"
+    )
+    add_settings(top)
+    data = next(group for group in top._action_groups if group.title == "data")
+    data.add_argument("--val-fraction", type=float, help="share of photos held out for validation (default: 0.05)")
+    data.add_argument("--crop", help="center, or box for annotated dogs (default: center)")
+    return top
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """UsageError for flags of a training that contradict each other or are out of range."""
+    if args.gpus is not None and args.cpus is not None:
+        raise UsageError("--gpus and --cpus: give one of them; a GPU worker has its own CPU")
+    for flag in ("gpus", "cpus"):
+        if getattr(args, flag) is not None:
+            check(flag, getattr(args, flag), int, {"low": 1})
+    check("max_failures", args.max_failures, int, {"low": -1})
+    if args.val_fraction is not None:
+        check("val_fraction", args.val_fraction, float, {"above": 0, "high": 0.9})
+    if args.crop is not None:
+        check("crop", args.crop, str, {"choices": CROPS})
+    if args.resume and (args.val_fraction is not None or args.crop is not None):
+        raise UsageError("--resume: the data are prepared already; leave out --val-fraction and --crop")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every setting of a Config; `given` reads those that were typed."""
+    groups: dict[str, Any] = {}
+    for name, spec, kind in [*fields_of(Config), *fields_of(ModelConfig)]:
+        if name in INTERNAL:
+            continue
+        meta = spec.metadata
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        text = f"{meta['help']} (default: {spec.default})".replace("%", "%%")
+        flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            metavar = "{" + ",".join(map(str, meta["choices"])) + "}" if "choices" in meta else kind.__name__.upper()
+            group.add_argument(flag, type=kind, default=None, help=text, metavar=metavar)
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were typed on the command line, by name."""
+    names = [name for name, _, _ in [*fields_of(Config), *fields_of(ModelConfig)] if name not in INTERNAL]
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a command: its exit status; 2 and one line on stderr for a user's mistake, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return main(argv) or 0
+    except UsageError as error:
+        if "--verbose" in argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone (`| head`): nothing is left to say, not even at exit.
+        sys.stdout = None
+        return 141

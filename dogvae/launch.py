@@ -1,0 +1,183 @@
+"""The only file that talks to Ray Train: who works, the trainer, its progress on the console, and its failures."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dogvae.config import Config
+from dogvae.console import Progress, UsageError
+from dogvae.storage import Storage
+from dogvae.train import Observer, loop
+
+MAX_CPU_WORKERS = 8  # by default: beyond that, batches are so thinly sliced that CPUs mostly wait for each other
+PROGRESS_INTERVAL_S = 0.3
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many ranks there are, each with a GPU of its own or a CPU."""
+
+    count: int
+    gpu: bool
+
+    def __str__(self) -> str:
+        return f"{self.count} {'GPU' if self.gpu else 'CPU'} worker{'s' if self.count > 1 else ''}"
+
+
+def plan(gpus: int | None, cpus: int | None) -> Workers:
+    """The workers asked for, by default all GPUs, else the CPUs; UsageError if the cluster cannot have them."""
+    import ray
+
+    total = {k: int(v) for k, v in ray.cluster_resources().items()}
+    # What an autoscaler may add counts as well; without one there is no such figure.
+    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    have = {k: max(total.get(k, 0), int(limits.get(k, 0))) for k in ("GPU", "CPU")}
+    if gpus is None and cpus is None:
+        return Workers(have["GPU"], True) if have["GPU"] else Workers(max(1, min(have["CPU"], MAX_CPU_WORKERS)), False)
+    kind, count = ("GPU", gpus) if gpus is not None else ("CPU", cpus)
+    assert count is not None
+    if count > have[kind]:
+        flag = f"--{kind.lower()}s"
+        other = f"{flag} {have[kind]}" if have[kind] else f"--cpus {have['CPU']}"
+        raise UsageError(f"{flag} {count}: the cluster has {have['GPU']} GPUs and {have['CPU']} CPUs; try {other}")
+    return Workers(count, kind == "GPU")
+
+
+class _RayObserver(Observer):
+    """Sends what rank 0 has to tell to the driver's queue, without ever waiting for it."""
+
+    def __init__(self, queue: Any, rank: int) -> None:
+        self._queue, self._rank, self._last = queue, rank, 0.0
+
+    def _send(self, kind: str, *payload: Any) -> None:
+        self._queue.actor.put_nowait.remote((kind, *payload))
+
+    def progress(self, epoch: int, step: int, steps: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= PROGRESS_INTERVAL_S:
+            self._last = now
+            self._send("progress", epoch, step, steps)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        if self._rank == 0:
+            self._send("epoch", record)
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What every Ray Train worker runs."""
+    import ray.train
+    import ray.train.torch
+
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    context = ray.train.get_context()
+    observer = _RayObserver(settings["queue"], context.get_world_rank())
+    loop(settings["config"], Storage(settings["run"]), ray.train.torch.get_device(), observer)
+
+
+def launch(config: Config, storage: Storage, workers: Workers, max_failures: int, verbose: bool) -> None:
+    """Train to the last epoch and show progress; raises what a worker raised if it cannot go on."""
+    import ray
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+    from ray.train.torch import TorchTrainer
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+
+    class Failures(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            queue.put_nowait(("failure", {rank: _first_line(e) for rank, e in worker_exceptions.items()}))
+
+    head, _, name = storage.uri.rpartition("/")
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config, "run": storage.uri, "queue": queue},
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=workers.gpu,
+            resources_per_worker={"CPU": 1, "GPU": 1} if workers.gpu else {"CPU": 1},
+        ),
+        # At run time these are Train V2's classes; type checkers see V1's.
+        run_config=RunConfig(  # type: ignore[call-arg]
+            name=name,
+            storage_path=head,
+            failure_config=FailureConfig(max_failures=max_failures),
+            callbacks=[Failures()],  # type: ignore[list-item]
+            logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
+        ),
+    )
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001  (it is raised again, on the main thread)
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    _show(queue, thread, config, max_failures)
+    thread.join()
+    queue.shutdown()
+    if errors:
+        raise _cause(errors[0])
+
+
+def _show(queue: Any, running: threading.Thread, config: Config, max_failures: int) -> None:
+    """Draw what the workers send until the trainer has ended and everything is drawn."""
+    from ray.util.queue import Empty
+
+    last = ""
+    with Progress("training", plain_interval_s=60) as line:
+        while True:
+            alive = running.is_alive()
+            try:
+                kind, *payload = queue.get(timeout=0.5)
+            except Empty:
+                if not alive:
+                    return
+                continue
+            if kind == "progress":
+                epoch, step, steps = payload
+                line.update(epoch + step / steps, config.epochs, f"epoch {epoch + 1}/{config.epochs} {last}")
+            elif kind == "epoch":
+                (record,) = payload
+                last = describe(record)
+                done = record["epoch"] + 1
+                line.update(done, config.epochs, f"epoch {done}/{config.epochs} {last}", milestone=True)
+            else:
+                (failures,) = payload
+                for rank, message in failures.items():
+                    line.note(f"worker {rank} failed: {message}")
+                line.note(f"going on from the last checkpoint (at most {max_failures} times: --max-failures)")
+
+
+def describe(record: dict[str, Any]) -> str:
+    """An epoch in one line."""
+    return (
+        f"loss {record['val_loss']:.1f} = reconstruction {record['val_reconstruction']:.1f} "
+        f"+ KL {record['val_kl']:.1f}, explained {record['val_explained']:.3f}, {record['images_per_s']:.0f} images/s"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return f"{type(cause).__name__}: {lines[-1] if 'Traceback' in lines[0] else lines[0]}"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The worker's own error, if it was a worker that failed: a user's mistake comes out as such."""
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return error
+    first = failures[min(failures)]
+    cause = getattr(first, "cause", None) or first
+    return cause if isinstance(cause, UsageError) else error

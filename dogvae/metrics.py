@@ -1,0 +1,61 @@
+"""What a run leaves to be read: metrics.jsonl, a line an epoch, and TensorBoard events. Only rank 0 writes them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dogvae.storage import Storage
+
+FILE = "metrics.jsonl"
+
+
+def read(storage: Storage) -> list[dict[str, Any]]:
+    """The epochs of a run so far, oldest first; none if it has not finished one."""
+    try:
+        lines = storage.read(FILE).decode().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+class Recorder:
+    """Writes the record of each epoch from `first_epoch` on; what an interrupted run wrote beyond it is dropped."""
+
+    def __init__(self, storage: Storage, first_epoch: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._storage = storage
+        self._records = [record for record in read(storage) if record["epoch"] < first_epoch]
+        # TensorBoard needs a local folder; for an object store it is a copy that is uploaded epoch by epoch.
+        self._folder = storage.local or Path(tempfile.mkdtemp(prefix="dogvae-events-"))
+        self._board = SummaryWriter(str(self._folder), purge_step=first_epoch)
+
+    def record(self, record: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
+        """Append an epoch: `record["epoch"]` and its numbers, and pictures (3, H, W) uint8 by name."""
+        self._records.append(record)
+        self._storage.write(FILE, "".join(json.dumps(r) + "\n" for r in self._records).encode())
+        epoch = record["epoch"]
+        for name, value in record.items():
+            if name != "epoch":
+                group, _, rest = name.partition("_")
+                tag = f"{group}/{rest}" if group in ("train", "val") else f"run/{name}"
+                self._board.add_scalar(tag, value, epoch)
+        for name, picture in pictures.items():
+            self._board.add_image(name, picture, epoch)
+        self._board.flush()
+        self._upload()
+
+    def close(self) -> None:
+        """Finish the event file."""
+        self._board.close()
+        self._upload()
+
+    def _upload(self) -> None:
+        if self._storage.local is None:
+            for path in self._folder.iterdir():
+                self._storage.write(path.name, path.read_bytes())

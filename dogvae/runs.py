@@ -1,0 +1,103 @@
+"""The folder of a run: naming it, starting it, and taking it up again."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from dogvae import metrics
+from dogvae.config import Config
+from dogvae.console import UsageError
+from dogvae.dataset import MANIFEST, Dataset, read_manifest
+from dogvae.storage import Storage
+
+CONFIG = "config.json"
+CACHE = ".datasets"  # below the runs, hidden: no run can be called so
+DRAWN = "drawn:2000"  # what a run without --data learns from
+
+
+def default_name(data: str) -> str:
+    """A name from what the data is called and the time: `dogs-20260131-142501`."""
+    stem = re.sub(r"[^\w.-]+", "-", data.rstrip("/").rsplit("/", 1)[-1].split(".")[0]).strip("-.") or "run"
+    return f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_name(name: str) -> str:
+    """The name, if a folder can be called so; else UsageError."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UsageError(
+            f"--name: {name!r} must consist of letters, digits, '-', '_' and '.', and start with a letter or digit"
+        )
+    return name
+
+
+def open_new(runs: str, name: str) -> Storage:
+    """The storage of a run that does not exist yet; UsageError with the command to type if it does."""
+    storage = Storage(runs) / check_name(name)
+    if storage.exists(CONFIG):
+        raise UsageError(
+            f"--name: {storage.uri} exists; go on with it by --name {name} --resume, or choose another name"
+        )
+    if storage.exists(""):
+        raise UsageError(f"--name: {storage.uri} exists and is not a run; choose another name")
+    return storage
+
+
+def open_old(runs: str, name: str | None, settings: dict[str, Any], data: str | None) -> tuple[Storage, Config]:
+    """The storage and the config of a run to resume.
+
+    Of all settings only `epochs` may change, and the path of the same data; UsageError names any other that differs.
+    """
+    if name is None:
+        raise UsageError("--resume: say which run, with --name")
+    storage = Storage(runs) / check_name(name)
+    try:
+        config = Config.from_json(storage.read(CONFIG).decode(), f"{storage.uri}/{CONFIG}")
+    except FileNotFoundError as error:
+        raise UsageError(f"--resume: there is no run {storage.uri}; leave --resume out to start it") from error
+    known = config.flat()
+    for setting, value in settings.items():
+        if setting != "epochs" and value != known[setting]:
+            flag = "--" + setting.replace("_", "-")
+            raise UsageError(f"{flag}: this run has {known[setting]}, not {value}; a resumed run keeps its settings")
+    if data is not None:
+        settings = {**settings, "data": str(Path(data).absolute())}
+        if read_manifest(Path(data))["fingerprint"] != config.fingerprint:
+            raise UsageError(f"--data: {data} is not what this run was trained on (its fingerprint differs)")
+    return storage, config.replace(**settings)
+
+
+def find_data(
+    data: str | None, runs: str, image_size: int | None, crop: str | None, val_fraction: float | None
+) -> Dataset:
+    """The prepared dataset that `data` is, or that is made of the photos it names, once, in a cache beside the runs."""
+    data = data or DRAWN
+    if (Path(data) / MANIFEST).exists():
+        dataset = Dataset(Path(data).absolute())
+        wanted = {"size": image_size, "crop": crop, "val_fraction": val_fraction}
+        for setting, value in wanted.items():
+            has = dataset.manifest["settings"][setting]
+            if value is not None and value != has:
+                flag = "--image-size" if setting == "size" else "--" + setting.replace("_", "-")
+                raise UsageError(f"{flag}: {data} was prepared with {has}; prepare the photos again for {value}")
+        return dataset
+    from dogvae.prepare import cached
+
+    cache = Storage(runs).local or Path("~/.cache/dogvae").expanduser()
+    return Dataset(
+        cached(data, cache / CACHE, size=image_size or 64, crop=crop or "center", val_fraction=val_fraction or 0.05)
+    )
+
+
+def is_finished(storage: Storage, config: Config) -> bool:
+    """Whether the run has done all its epochs."""
+    records = metrics.read(storage)
+    return bool(records) and records[-1]["epoch"] + 1 >= config.epochs
+
+
+def save_config(storage: Storage, config: Config) -> None:
+    """Write config.json."""
+    storage.write(CONFIG, (json.dumps(config.to_dict(), indent=2) + "\n").encode())

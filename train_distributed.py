@@ -1,0 +1,65 @@
+"""Train a VAE on dog photos, on all the GPUs or CPUs that Ray has.
+
+python train_distributed.py                           # draws its own dogs: a first look, in minutes
+python train_distributed.py --data photos --gpus 4    # a folder, an archive, or what `dogvae prepare` made
+python train_distributed.py --name NAME --resume      # go on with a run that was interrupted
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from dogvae import flags
+from dogvae.config import Config
+from dogvae.console import say
+
+
+def main(argv: Sequence[str]) -> None:
+    args = flags.training_parser(__doc__).parse_args(argv)
+    flags.check_training(args)
+    settings = flags.given(args)
+    if args.data is None and not args.resume:
+        settings = {"preset": "small", **settings}
+    Config.make(**settings)  # mistakes are told before anything slow is imported
+
+    from dogvae import cluster, runs
+
+    if args.resume:
+        storage, config = runs.open_old(args.runs, args.name, settings, args.data)
+        if runs.is_finished(storage, config):
+            say(f"{storage.uri} has finished its {config.epochs} epochs; to go on, add --epochs {2 * config.epochs}")
+            return
+    else:
+        storage = runs.open_new(args.runs, args.name or runs.default_name(args.data or runs.DRAWN))
+    say(cluster.connect(args.verbose))
+
+    from dogvae.launch import launch, plan
+
+    workers = plan(args.gpus, args.cpus)
+    if not args.resume:
+        dataset = runs.find_data(args.data, args.runs, settings.get("image_size"), args.crop, args.val_fraction)
+        shape = {"data": str(dataset.path), "fingerprint": dataset.fingerprint, "image_size": dataset.size}
+        config = Config.make(**{**settings, **shape})
+        say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
+    if args.dry_run:
+        say(json.dumps({"run": storage.uri, "workers": str(workers), **config.to_dict()}, indent=2))
+        return
+    runs.save_config(storage, config)
+    say(f"{storage.uri}: {config.epochs} epochs on {workers}")
+    launch(config, storage, workers, args.max_failures, args.verbose)
+
+    from dogvae.export import export
+
+    folder = export(storage, config).uri
+    say(f"""
+the run     {storage.uri}
+the model   {folder}
+next        tensorboard --logdir {args.runs}
+            dogvae sample {folder} -n 64 -o samples.png
+            dogvae interpolate {folder} ONE.jpg ANOTHER.jpg -o walk.gif""")
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(main))
