@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dogvae.drawn import draw, layer, placed
-from dogvae.drawn_breeds import BREEDS, POSES, cast
-from dogvae.drawn_ink import Dice, Shape, curve, ellipse, fluffy, limb, swollen
-from dogvae.drawn_scenes import SCENES
+from dogvae.drawn.breeds import BREEDS, POSES, cast
+from dogvae.drawn.ink import Dice, Shape, curve, ellipse, fluffy, limb, swollen
+from dogvae.drawn.scenes import SCENES
 
 
 def pixels(index: int, seed: int = 0, size: int = 64) -> np.ndarray:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dogvae.drawn_breeds import Coat, Dog
-from dogvae.drawn_ink import Colour, Dice, Points, Shape, curve, darker, ellipse, fluffy, limb, mix
+from dogvae.drawn.breeds import Coat, Dog
+from dogvae.drawn.ink import Colour, Dice, Points, Shape, curve, darker, ellipse, fluffy, limb, mix
 
 INK: Colour = (44, 32, 38)
 PINK: Colour = (240, 130, 138)

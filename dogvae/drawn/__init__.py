@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from dogvae.drawn_bodies import body
-from dogvae.drawn_breeds import Dog, cast
-from dogvae.drawn_heads import head
-from dogvae.drawn_ink import Dice, Points, Shape, ink
-from dogvae.drawn_scenes import TOY_SHAPES, backdrop
+from dogvae.drawn.bodies import body
+from dogvae.drawn.breeds import Dog, cast
+from dogvae.drawn.heads import head
+from dogvae.drawn.ink import Dice, Points, Shape, ink
+from dogvae.drawn.scenes import TOY_SHAPES, backdrop
 
 GRID = 48  # light and shadow are soft: they are worked out on a grid this small and scaled up
 RIM = 0.0055  # width of outlines, share of the picture

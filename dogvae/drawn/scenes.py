@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from dogvae.drawn_ink import Colour, Dice, Shape, curve, darker, ellipse, ink, limb, mix
+from dogvae.drawn.ink import Colour, Dice, Shape, curve, darker, ellipse, ink, limb, mix
 
 Scene = Callable[[Image.Image, Dice, float], list[Shape]]
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dogvae.drawn_breeds import Dog
-from dogvae.drawn_heads import Marks, blots, furred, mirrored, rim
-from dogvae.drawn_ink import Colour, Dice, Shape, curve, darker, ellipse, fluffy, limb, mix
+from dogvae.drawn.breeds import Dog
+from dogvae.drawn.heads import Marks, blots, furred, mirrored, rim
+from dogvae.drawn.ink import Colour, Dice, Shape, curve, darker, ellipse, fluffy, limb, mix
 
 Place = tuple[float, float]
 

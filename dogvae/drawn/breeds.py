@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dogvae.drawn_ink import Colour, Dice
-from dogvae.drawn_scenes import SCENES, TOYS, Scene
+from dogvae.drawn.ink import Colour, Dice
+from dogvae.drawn.scenes import SCENES, TOYS, Scene
 
 Pose = Literal["portrait", "sitting", "standing", "lying", "playing"]
 Ears = Literal["droopy", "pointed", "folded", "bat", "button", "puff"]
