@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from dogvae.cluster import connect
+from dogvae.config import CROPS, IMAGE_SIZES
 from dogvae.console import Progress, UsageError, say
 from dogvae.decode import crops
 from dogvae.photos import Photo, Rejected, Source
 from dogvae.shards import Row, appearing, existing, write_dataset
 from dogvae.sources import open_source
 
-SIZES = (32, 64, 128)
-CROPS = ("center", "box")
 BATCH_PHOTOS, BATCH_BYTES = 64, 8 * 2**20  # of one task: about 60 ms, much more than Ray takes to start it
 
 Batch = list["Photo | Rejected"]
@@ -74,8 +73,8 @@ def cached(
 
 
 def _settings(size: int, crop: str, val_fraction: float, workers: int | None) -> dict[str, Any]:
-    if size not in SIZES:
-        raise UsageError(f"--size {size}: must be one of {', '.join(map(str, SIZES))}")
+    if size not in IMAGE_SIZES:
+        raise UsageError(f"--size {size}: must be one of {', '.join(map(str, IMAGE_SIZES))}")
     if crop not in CROPS:
         raise UsageError(f"--crop {crop}: must be one of {', '.join(CROPS)}")
     if not 0 < val_fraction < 1:
