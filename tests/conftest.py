@@ -1,0 +1,57 @@
+"""What every test shares: one thread for the numbers, and tiny datasets written independently of `dogvae prepare`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+WriteDataset = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and on a busy machine the threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def write_dataset(tmp_path: Path) -> WriteDataset:
+    """Writes arrays (n, 3, h, h) as a prepared dataset: one shard for each array, in the documented format."""
+
+    def write(train: list[np.ndarray], val: list[np.ndarray], name: str = "dataset") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        splits = {}
+        for split, arrays in (("train", train), ("val", val)):
+            shards = []
+            for i, array in enumerate(arrays):
+                path = folder / f"{split}-{i:05d}.npy"
+                np.save(path, array)
+                data = path.read_bytes()
+                digest = hashlib.sha256(data).hexdigest()
+                shards.append({"file": path.name, "count": len(array), "bytes": len(data), "sha256": digest})
+            splits[split] = {"count": sum(map(len, arrays)), "shards": shards}
+        manifest = {
+            "format": "dogvae-dataset",
+            "version": 1,
+            "size": train[0].shape[-1],
+            "channels": 3,
+            "splits": splits,
+            "fingerprint": hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest(),
+            "settings": {},
+            "source": {"name": "test"},
+            "rejected": 0,
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return folder
+
+    return write
