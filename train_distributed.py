@@ -11,52 +11,56 @@ import json
 import sys
 from collections.abc import Sequence
 
-from dogvae import flags
+from dogvae import cluster, flags, runs
 from dogvae.config import Config
 from dogvae.console import say
+from dogvae.storage import Storage
 
 
 def main(argv: Sequence[str]) -> None:
     args = flags.training_parser(__doc__).parse_args(argv)
     flags.check_training(args)
     settings = flags.given(args)
+    data = args.data or runs.DRAWN
     if args.data is None and not args.resume:
         settings = {"preset": "small", **settings}
-    Config.make(**settings)  # mistakes are told before anything slow is imported
-
-    from dogvae import cluster, runs
-
+    config = Config.make(data=data, **settings)  # mistakes are told before anything slow is imported
     if args.resume:
         storage, config = runs.open_old(args.runs, args.name, settings, args.data)
         if runs.is_finished(storage, config):
             say(f"{storage.uri} has finished its {config.epochs} epochs; to go on, add --epochs {2 * config.epochs}")
+            finish(storage, config, args.runs)
             return
     else:
-        storage = runs.open_new(args.runs, args.name or runs.default_name(args.data or runs.DRAWN))
+        storage = runs.open_new(args.runs, args.name or runs.default_name(data))
+        runs.check_data(data, settings.get("image_size"), args.crop, args.val_fraction)
     say(cluster.connect(args.verbose))
-
-    from dogvae.launch import launch, plan
-
-    workers = plan(args.gpus, args.cpus)
-    if not args.resume:
-        dataset = runs.find_data(args.data, args.runs, settings.get("image_size"), args.crop, args.val_fraction)
-        shape = {"data": str(dataset.path), "fingerprint": dataset.fingerprint, "image_size": dataset.size}
-        config = Config.make(**{**settings, **shape})
-        say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
+    workers = cluster.plan(args.gpus, args.cpus)
     if args.dry_run:
         say(json.dumps({"run": storage.uri, "workers": str(workers), **config.to_dict()}, indent=2))
         return
+    if not args.resume:
+        dataset = runs.find_data(data, args.runs, settings.get("image_size"), args.crop, args.val_fraction)
+        say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
+        config = config.for_data(str(dataset.path), dataset.fingerprint, dataset.size, len(dataset.train))
+
+    from dogvae.launch import launch
+
     runs.save_config(storage, config)
     say(f"{storage.uri}: {config.epochs} epochs on {workers}")
     launch(config, storage, workers, args.max_failures, args.verbose)
+    finish(storage, config, args.runs)
 
+
+def finish(storage: Storage, config: Config, logdir: str) -> None:
+    """Export the best checkpoint, and say where everything is and what to type next."""
     from dogvae.export import export
 
     folder = export(storage, config).uri
     say(f"""
 the run     {storage.uri}
 the model   {folder}
-next        tensorboard --logdir {args.runs}
+next        tensorboard --logdir {logdir}
             dogvae sample {folder} -n 64 -o samples.png
             dogvae interpolate {folder} ONE.jpg ANOTHER.jpg -o walk.gif""")
 

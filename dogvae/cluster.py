@@ -1,9 +1,14 @@
-"""Starting Ray on this machine, or attaching to the cluster that is already there."""
+"""Ray on this machine or on the cluster that is already there, and the workers that it can give."""
 
 from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
+
+from dogvae.console import UsageError
+
+MAX_CPU_WORKERS = 8  # by default: beyond that, batches are so thinly sliced that CPUs mostly wait for each other
 
 
 def connect(verbose: bool = False) -> str:
@@ -29,3 +34,33 @@ def connect(verbose: bool = False) -> str:
         f"Ray at {ray.get_runtime_context().gcs_address}: {len(nodes)} node{'s' if len(nodes) != 1 else ''}, "
         f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
     )
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many ranks there are, each with a GPU of its own or a CPU."""
+
+    count: int
+    gpu: bool
+
+    def __str__(self) -> str:
+        return f"{self.count} {'GPU' if self.gpu else 'CPU'} worker{'s' if self.count > 1 else ''}"
+
+
+def plan(gpus: int | None, cpus: int | None) -> Workers:
+    """The workers asked for, by default all GPUs, else the CPUs; UsageError if the cluster cannot have them."""
+    import ray
+
+    total = {k: int(v) for k, v in ray.cluster_resources().items()}
+    # What an autoscaler may add counts as well; without one there is no such figure.
+    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    have = {k: max(total.get(k, 0), int(limits.get(k, 0))) for k in ("GPU", "CPU")}
+    if gpus is None and cpus is None:
+        return Workers(have["GPU"], True) if have["GPU"] else Workers(max(1, min(have["CPU"], MAX_CPU_WORKERS)), False)
+    kind, count = ("GPU", gpus) if gpus is not None else ("CPU", cpus)
+    assert count is not None
+    if count > have[kind]:
+        flag = f"--{kind.lower()}s"
+        other = f"{flag} {have[kind]}" if have[kind] else f"--cpus {have['CPU']}"
+        raise UsageError(f"{flag} {count}: the cluster has {have['GPU']} GPUs and {have['CPU']} CPUs; try {other}")
+    return Workers(count, kind == "GPU")

@@ -62,7 +62,7 @@ class ModelConfig(_Checked):
     latent_dim: int = setting(
         32, "model", "channels of the 4x4 latent: the posterior has 16 times as many dimensions", low=1, high=1024
     )
-    norm: str = setting("group", "model", "normalisation layers", choices=("group", "batch"))
+    norm: str = setting("batch", "model", "normalisation layers", choices=("group", "batch"))
     likelihood: str = setting(
         "bernoulli", "model", "likelihood of a pixel", choices=("bernoulli", "continuous-bernoulli", "gaussian")
     )
@@ -79,7 +79,9 @@ class Config(_Checked):
         "default", "model", "where the other defaults come from", choices=("default", "notebook", "small")
     )
     epochs: int = setting(50, "training", "passes over the training images", low=1)
-    batch_size: int = setting(32, "training", "images per step, over all workers together", low=1)
+    batch_size: int = setting(
+        0, "training", "images per step, over all workers together; 0 takes a 40th of the training images", low=0
+    )
     lr: float = setting(2e-3, "training", "peak learning rate of Adam", above=0, high=1)
     schedule: str = setting("cosine", "training", "learning rate after the warm-up", choices=("cosine", "constant"))
     lr_warmup: float = setting(1.0, "training", "epochs of linear warm-up of the learning rate", low=0)
@@ -111,6 +113,12 @@ class Config(_Checked):
         """All settings by name, the model's among them."""
         nested = self.to_dict()
         return {**nested.pop("model"), **nested}
+
+    def for_data(self, data: str, fingerprint: str, image_size: int, images: int) -> Config:
+        """This config for a dataset with that many training images: what was left to the data is decided."""
+        # About 40 steps an epoch, by the experiments in docs/quality.md; a power of two, at least 16, at most 256.
+        batch_size = self.batch_size or min(256, max(16, 2 ** round(math.log2(images / 40))))
+        return self.replace(data=data, fingerprint=fingerprint, image_size=image_size, batch_size=batch_size)
 
     def replace(self, **changes: Any) -> Config:
         """A checked copy with some settings changed, the model's by their own names too."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +13,8 @@ import torch
 from torch import Tensor
 
 from dogvae.console import UsageError
+from dogvae.shards import read_manifest
 
-MANIFEST = "manifest.json"
-FORMAT, VERSION = "dogvae-dataset", 1
 RESIDENT_SHARE = 0.25  # of the device's free memory: what a dataset may fill before it is streamed instead
 
 
@@ -107,22 +105,6 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The checked manifest of a prepared dataset; raises UsageError that says what is wrong with it."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is no prepared dataset: its {MANIFEST} cannot be read ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UsageError(f"{path / MANIFEST} is not the manifest of a prepared dataset")
-    if manifest.get("version") != VERSION:
-        raise UsageError(
-            f"{path / MANIFEST} has format version {manifest.get('version')}, this dogvae reads {VERSION}: "
-            "prepare the photos again"
-        )
-    return manifest
 
 
 class Batches:

@@ -1,52 +1,21 @@
-"""The only file that talks to Ray Train: who works, the trainer, its progress on the console, and its failures."""
+"""The only file that talks to Ray Train: the trainer, its progress on the console, and its failures."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dogvae.cluster import Workers
 from dogvae.config import Config
 from dogvae.console import Progress, UsageError
 from dogvae.storage import Storage
 from dogvae.train import Observer, loop
 
-MAX_CPU_WORKERS = 8  # by default: beyond that, batches are so thinly sliced that CPUs mostly wait for each other
 PROGRESS_INTERVAL_S = 0.3
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How many ranks there are, each with a GPU of its own or a CPU."""
-
-    count: int
-    gpu: bool
-
-    def __str__(self) -> str:
-        return f"{self.count} {'GPU' if self.gpu else 'CPU'} worker{'s' if self.count > 1 else ''}"
-
-
-def plan(gpus: int | None, cpus: int | None) -> Workers:
-    """The workers asked for, by default all GPUs, else the CPUs; UsageError if the cluster cannot have them."""
-    import ray
-
-    total = {k: int(v) for k, v in ray.cluster_resources().items()}
-    # What an autoscaler may add counts as well; without one there is no such figure.
-    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    have = {k: max(total.get(k, 0), int(limits.get(k, 0))) for k in ("GPU", "CPU")}
-    if gpus is None and cpus is None:
-        return Workers(have["GPU"], True) if have["GPU"] else Workers(max(1, min(have["CPU"], MAX_CPU_WORKERS)), False)
-    kind, count = ("GPU", gpus) if gpus is not None else ("CPU", cpus)
-    assert count is not None
-    if count > have[kind]:
-        flag = f"--{kind.lower()}s"
-        other = f"{flag} {have[kind]}" if have[kind] else f"--cpus {have['CPU']}"
-        raise UsageError(f"{flag} {count}: the cluster has {have['GPU']} GPUs and {have['CPU']} CPUs; try {other}")
-    return Workers(count, kind == "GPU")
 
 
 class _RayObserver(Observer):

@@ -76,7 +76,10 @@ class Decoder(nn.Module):
             layers.append(_norm(config, width))
             layers.append(nn.ReLU(inplace=True))
             channels = width
-        layers.append(nn.ConvTranspose2d(channels, 3, 3, padding=1))
+        pixels = nn.ConvTranspose2d(channels, 3, 3, padding=1)
+        if config.architecture == "default":
+            nn.init.zeros_(pixels.weight)  # the first picture is flat grey, not noise that has to be unlearnt
+        layers.append(pixels)
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z_bchw: Tensor) -> Tensor:

@@ -6,13 +6,17 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dogvae import metrics
-from dogvae.config import Config
+from dogvae.config import CROPS, Config
 from dogvae.console import UsageError
-from dogvae.dataset import MANIFEST, Dataset, read_manifest
+from dogvae.shards import MANIFEST, read_manifest
+from dogvae.sources import open_source
 from dogvae.storage import Storage
+
+if TYPE_CHECKING:
+    from dogvae.dataset import Dataset
 
 CONFIG = "config.json"
 CACHE = ".datasets"  # below the runs, hidden: no run can be called so
@@ -70,32 +74,40 @@ def open_old(runs: str, name: str | None, settings: dict[str, Any], data: str | 
     return storage, config.replace(**settings)
 
 
-def find_data(
-    data: str | None, runs: str, image_size: int | None, crop: str | None, val_fraction: float | None
-) -> Dataset:
+def check_data(data: str, image_size: int | None, crop: str | None, val_fraction: float | None) -> None:
+    """UsageError, at once, if `data` is neither photos nor a prepared dataset, or prepared with other settings."""
+    if not (Path(data) / MANIFEST).exists():
+        open_source(data, crop or CROPS[0])
+        return
+    settings = read_manifest(Path(data))["settings"]
+    for flag, setting, value in (
+        ("--image-size", "size", image_size),
+        ("--crop", "crop", crop),
+        ("--val-fraction", "val_fraction", val_fraction),
+    ):
+        if value is not None and value != (has := settings[setting]):
+            raise UsageError(f"{flag}: {data} was prepared with {has}; prepare the photos again for {value}")
+
+
+def find_data(data: str, runs: str, image_size: int | None, crop: str | None, val_fraction: float | None) -> Dataset:
     """The prepared dataset that `data` is, or that is made of the photos it names, once, in a cache beside the runs."""
-    data = data or DRAWN
+    from dogvae.dataset import Dataset
+
     if (Path(data) / MANIFEST).exists():
-        dataset = Dataset(Path(data).absolute())
-        wanted = {"size": image_size, "crop": crop, "val_fraction": val_fraction}
-        for setting, value in wanted.items():
-            has = dataset.manifest["settings"][setting]
-            if value is not None and value != has:
-                flag = "--image-size" if setting == "size" else "--" + setting.replace("_", "-")
-                raise UsageError(f"{flag}: {data} was prepared with {has}; prepare the photos again for {value}")
-        return dataset
+        return Dataset(Path(data).absolute())
     from dogvae.prepare import cached
 
     cache = Storage(runs).local or Path("~/.cache/dogvae").expanduser()
-    return Dataset(
-        cached(data, cache / CACHE, size=image_size or 64, crop=crop or "center", val_fraction=val_fraction or 0.05)
-    )
+    settings: dict[str, Any] = {"size": image_size, "crop": crop, "val_fraction": val_fraction}
+    return Dataset(cached(data, cache / CACHE, **{k: v for k, v in settings.items() if v is not None}))
 
 
 def is_finished(storage: Storage, config: Config) -> bool:
-    """Whether the run has done all its epochs."""
+    """Whether the run has done all its epochs, and has the checkpoint of the last one."""
     records = metrics.read(storage)
-    return bool(records) and records[-1]["epoch"] + 1 >= config.epochs
+    if not records or records[-1]["epoch"] + 1 < config.epochs:
+        return False
+    return any(name.startswith(f"step-{records[-1]['step']:09d}-") for name in storage.names("checkpoints"))
 
 
 def save_config(storage: Storage, config: Config) -> None:

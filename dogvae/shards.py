@@ -150,6 +150,22 @@ def fingerprint(size: int, splits: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([size, parts], sort_keys=True).encode()).hexdigest()
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The checked manifest of a prepared dataset; raises UsageError that says what is wrong with it."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is no prepared dataset: its {MANIFEST} cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UsageError(f"{path / MANIFEST} is not the manifest of a prepared dataset")
+    if manifest.get("version") != VERSION:
+        raise UsageError(
+            f"{path / MANIFEST} has format version {manifest.get('version')}, this dogvae reads {VERSION}: "
+            "prepare the photos again"
+        )
+    return manifest
+
+
 def existing(out: Path) -> dict[str, Any] | None:
     """The manifest of the dataset in `out`, None if nothing is there yet; UsageError if something else is."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):

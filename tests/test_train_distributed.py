@@ -1,0 +1,196 @@
+"""The command itself, on real Ray: a run from photos to pictures, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import dogvae
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--width", "4", "--latent-dim", "4", "--batch-size", "16", "--cpus", "2", "--image-size", "32"]
+
+
+def command(*args: str | Path, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run train_distributed.py as a user would, but never on somebody else's cluster."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train_distributed.py"), *map(str, args)],
+        cwd=cwd, timeout=timeout, capture_output=True, text=True, env={**os.environ, "RAY_ADDRESS": "local"},
+    )  # fmt: skip
+
+
+def dogvae_command(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    dogvae_script = Path(sys.executable).with_name("dogvae")
+    return subprocess.run([dogvae_script, *map(str, args)], cwd=cwd, timeout=120, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/one: two epochs on 60 drawn dogs, by two CPU workers."""
+    where = tmp_path_factory.mktemp("road")
+    done = command("--data", "drawn:60", "--val-fraction", "0.2", "--name", "one", "--epochs", "2", *SMALL, cwd=where)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (where / "stdout").write_text(done.stdout)
+    (where / "stderr").write_text(done.stderr)
+    return where
+
+
+def test_run_folder_holds_what_is_promised(trained: Path) -> None:
+    run = trained / "runs/one"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [0, 1]
+    config = json.loads((run / "config.json").read_text())
+    images = len(np.load(next(Path(config["data"]).glob("train-*.npy"))))
+    assert [r["step"] for r in records] == [-(-images // 16), 2 * -(-images // 16)]
+    for r in records:
+        assert r["world_size"] == 2
+        assert r["val_loss"] == pytest.approx(r["val_reconstruction"] + r["val_kl"], abs=1e-6)
+        assert {"train_loss", "val_psnr", "val_explained", "images_per_s", "seconds", "data_wait"} <= set(r)
+        assert 0 <= r["data_wait"] <= 1
+        assert r["val_loss_per_pixel"] == pytest.approx(r["val_loss"] / (3 * 32 * 32))
+    assert records[1]["seconds"] > records[0]["seconds"]
+    board = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0}).Reload()
+    assert [e.value for e in board.Scalars("val/loss")] == pytest.approx([r["val_loss"] for r in records])
+    for picture in ("reconstructions", "samples", "walk"):
+        assert [e.step for e in board.Images(picture)] == [0, 1]
+    assert len(list((run / "checkpoints").glob("step-*.safetensors"))) == 2
+
+
+def test_export_needs_neither_ray_nor_training(trained: Path) -> None:
+    export = trained / "runs/one/export"
+    assert {p.name for p in export.iterdir()} == {"model.safetensors", "config.json", "README.md", "preview.png"}
+    assert Image.open(export / "preview.png").width > 200
+    code = (
+        "import sys, dogvae; x = dogvae.load(sys.argv[1]).sample(4, seed=1); assert x.shape == (4, 32, 32, 3), x.shape;"
+        "bad = {n.split('.')[0] for n in sys.modules} & {'ray'} | set(sys.modules) & {'dogvae.train', 'dogvae.launch'};"
+        "assert not bad, bad"
+    )
+    done = subprocess.run([sys.executable, "-c", code, export], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_export_is_the_best_checkpoint(trained: Path) -> None:
+    """The exported weights, validated afresh, score what the best epoch's record says."""
+    import torch
+
+    from dogvae.dataset import Dataset
+    from dogvae.train import evaluate
+
+    run = trained / "runs/one"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    best = min(records, key=lambda r: r["val_loss"])
+    model = dogvae.load(run / "export", "cpu").model
+    val = Dataset(json.loads((run / "config.json").read_text())["data"]).val
+    assert evaluate(model, val, torch.device("cpu"))["loss"] == pytest.approx(best["val_loss"], rel=1e-6)
+    assert f"{best['val_loss']:.1f} nats" in (run / "export/README.md").read_text()
+
+
+def test_console_is_plain_lines(trained: Path) -> None:
+    stdout = (trained / "stdout").read_text()
+    lines = [line for line in stdout.splitlines() if line.startswith("training: epoch")]
+    assert [line.split()[2] for line in lines] == ["1/2", "2/2"]
+    assert all("reconstruction" in line and "images/s" in line and "left" in line for line in lines)
+    assert "dogvae sample" in stdout
+    assert "\x1b" not in stdout
+    assert (trained / "stderr").read_text() == ""
+
+
+def test_playing_from_the_shell(trained: Path) -> None:
+    export = trained / "runs/one/export"
+    for i in range(2):
+        Image.new("RGB", (50 + i, 80), (200, 120 * i, 40)).save(trained / f"{i}.jpg")
+    done = dogvae_command("sample", export, "-n", "10", "-o", "samples.png", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(trained / "samples.png").size == (8 * 34 + 2, 2 * 34 + 2)
+    assert dogvae_command("reconstruct", export, "0.jpg", "1.jpg", "-o", "r.png", cwd=trained).returncode == 0
+    assert Image.open(trained / "r.png").size == (2 * 34 + 2, 2 * 34 + 2)
+    walked = dogvae_command("interpolate", export, "0.jpg", "1.jpg", "--steps", "5", "-o", "w.gif", cwd=trained)
+    assert walked.returncode == 0, walked.stderr
+    walk = Image.open(trained / "w.gif")  # identical frames are stored as one, which lasts longer
+    assert sum(walk.seek(i) or walk.info["duration"] for i in range(walk.n_frames)) == (5 + 3) * 50
+    assert dogvae_command("sample", export, "-n", "3", "-o", "s.npy", cwd=trained).returncode == 0
+    assert np.array_equal(np.load(trained / "s.npy"), dogvae.load(export).sample(3, seed=0))
+
+
+def test_existing_name_is_refused_with_the_command(trained: Path) -> None:
+    before = (trained / "runs/one/config.json").read_bytes()
+    done = command("--data", "drawn:60", "--name", "one", "--epochs", "9", cwd=trained)
+    assert done.returncode == 2
+    assert "--name one --resume" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (trained / "runs/one/config.json").read_bytes() == before
+
+
+def test_finished_run_says_so(trained: Path) -> None:
+    done = command("--name", "one", "--resume", cwd=trained)
+    assert done.returncode == 0
+    assert "has finished its 2 epochs" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--name", "one", "--resume", "--lr", "0.5"], ["--lr", "0.002", "0.5"]),
+        (["--name", "nobody", "--resume"], ["--resume", "nobody"]),
+        (["--resume"], ["--resume", "--name"]),
+        (["--name", "../x"], ["--name", "../x"]),
+        (["--data", "nowhere"], ["nowhere"]),
+        (["--epochs", "0"], ["--epochs"]),
+        (["--epochs", "x"], ["--epochs"]),
+        (["--lr", "nan"], ["--lr"]),
+        (["--preset", "huge"], ["--preset", "notebook"]),
+        (["--gpus", "1", "--cpus", "1"], ["--gpus", "--cpus"]),
+        (["--gpus", "0"], ["--gpus"]),
+        (["--val-fraction", "1"], ["--val-fraction"]),
+        (["--crop", "round"], ["--crop", "box"]),
+        (["--latent", "3"], ["--latent"]),
+    ],
+)
+def test_mistakes_are_one_line_before_ray_starts(trained: Path, args: list[str], words: list[str]) -> None:
+    started = time.monotonic()
+    done = command(*args, cwd=trained)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Ray at" not in done.stdout
+    assert time.monotonic() - started < 20  # it takes one or two seconds; starting Ray would show in the line above
+
+
+def test_more_than_the_cluster_has(tmp_path: Path) -> None:
+    done = command("--data", "drawn:60", "--cpus", "4096", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"try --cpus {os.cpu_count()}" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_changes_nothing(trained: Path) -> None:
+    before = sorted(trained.rglob("*"))
+    done = command("--data", "drawn:60", "--val-fraction", "0.2", "--name", "dry", "--dry-run", *SMALL, cwd=trained)
+    assert done.returncode == 0, done.stderr
+    resolved = json.loads(done.stdout[done.stdout.index("{") :])
+    assert resolved["workers"] == "2 CPU workers"
+    assert resolved["model"]["width"] == 4
+    assert resolved["batch_size"] == 16
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_workers_own_error_is_shown(tmp_path: Path) -> None:
+    """The data vanish between the driver's look and the workers': their message comes out, not Ray's."""
+    done = command("--data", "drawn:60", "--name", "a", "--epochs", "1", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "runs/a/config.json").read_text())
+    shard = next(Path(config["data"]).glob("train-*.npy"))
+    shard.write_bytes(shard.read_bytes()[:-5])
+    done = command("--name", "a", "--resume", "--epochs", "2", "--cpus", "2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert str(shard) in done.stderr
+    assert "Traceback" not in done.stderr
