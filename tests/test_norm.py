@@ -77,8 +77,8 @@ def work(rank: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[Any, Any]]]:
     """By world size, what each rank found. One set of processes for all cases: starting them is what takes long."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    # Processes that are forked from a clean server, which imports torch once instead of each of them.
-    multiprocessing.set_forkserver_preload(["torch.distributed", "dogvae.norm", "pytest"])
+    # Forked from a clean server, which alone imports torch, and what its first backward pass imports.
+    multiprocessing.set_forkserver_preload(["pytest", "torch.distributed", "torch.fx.experimental.symbolic_shapes"])
     mp.start_processes(work, (str(folder),), nprocs=3, start_method="forkserver")
     return {world: [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)] for world in SLICES}
 
