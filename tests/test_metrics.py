@@ -1,0 +1,175 @@
+"""metrics.jsonl and TensorBoard: what was recorded is read back, and an interruption leaves no epoch twice."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dogvae.metrics import Recorder, read
+from dogvae.storage import Storage
+
+
+def record(epoch: int, run: int = 0) -> dict[str, Any]:
+    """Of an epoch, with numbers that tell it and the run apart."""
+    return {
+        "epoch": epoch,
+        "step": 10 * epoch + 10,
+        "train_loss": 100.5 - epoch + run,
+        "val_loss": 90.25 - epoch + run,
+        "val_active_latents": 7 + epoch,
+        "lr": 0.001 * (epoch + 1),
+    }
+
+
+TAGS = {
+    "run/step": "step",
+    "train/loss": "train_loss",
+    "val/loss": "val_loss",
+    "val/active_latents": "val_active_latents",
+    "run/lr": "lr",
+}
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (3, 12, 20), np.uint8)
+
+
+def board(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    return events
+
+
+def next_second() -> None:
+    """Event files are named by the second in which they begin."""
+    time.sleep(1.01 - time.time() % 1)
+
+
+def strict(line: str) -> Any:
+    """JSON as others read it: without NaN and Infinity, which only Python knows."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_a_line_of_json_for_each_epoch(tmp_path: Path) -> None:
+    recorder = Recorder(Storage(tmp_path), 0)
+    for epoch in range(3):
+        recorder.record(record(epoch), {})
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [strict(line) for line in lines] == [record(e) for e in range(epoch + 1)]
+    recorder.close()
+    assert read(Storage(tmp_path)) == [record(epoch) for epoch in range(3)]
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="json.dumps writes NaN and Infinity, which are not JSON")
+def test_numbers_that_are_none_are_still_json(tmp_path: Path) -> None:
+    recorder = Recorder(Storage(tmp_path), 0)
+    recorder.record({"epoch": 0, "val_loss": math.nan, "train_loss": math.inf}, {})
+    recorder.close()
+    strict((tmp_path / "metrics.jsonl").read_text())
+
+
+def test_nothing_recorded_yet(tmp_path: Path) -> None:
+    assert read(Storage(tmp_path)) == []
+
+
+def test_resume_drops_what_lies_beyond(tmp_path: Path) -> None:
+    recorder = Recorder(Storage(tmp_path), 0)
+    for epoch in range(4):
+        recorder.record(record(epoch), {})
+    recorder.close()
+    resumed = Recorder(Storage(tmp_path), 2)
+    resumed.record(record(2, run=1), {})
+    resumed.close()
+    assert read(Storage(tmp_path)) == [record(0), record(1), record(2, run=1)]
+
+
+def test_tensorboard_reads_what_was_recorded(tmp_path: Path) -> None:
+    recorder = Recorder(Storage(tmp_path), 0)
+    for epoch in range(3):
+        recorder.record(record(epoch), {"samples": picture(epoch)} if epoch != 1 else {})
+    recorder.close()
+    events = board(tmp_path)
+    assert set(events.Tags()["scalars"]) == set(TAGS)
+    for tag, name in TAGS.items():
+        got = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert got == [(epoch, pytest.approx(record(epoch)[name], rel=1e-6)) for epoch in range(3)]
+    assert events.Tags()["images"] == ["samples"]
+    images = events.Images("samples")
+    assert [image.step for image in images] == [0, 2]
+    for image in images:
+        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+        assert np.array_equal(pixels, picture(image.step).transpose(1, 2, 0))
+
+
+@pytest.mark.xfail(strict=True, raises=(AssertionError, KeyError), reason="tensorboardX flushes without its queue")
+def test_tensorboard_sees_an_epoch_at_once(tmp_path: Path) -> None:
+    """While the run goes on: nobody waits for its end to look at it, and what a kill leaves is complete."""
+    recorder = Recorder(Storage(tmp_path), 0)
+    try:
+        recorder.record(record(0), {f"picture-{i}": picture(i) for i in range(30)})
+        events = board(tmp_path)
+        assert [event.step for event in events.Scalars("val/loss")] == [0]
+        assert [len(events.Images(f"picture-{i}")) for i in range(30)] == [1] * 30
+    finally:
+        recorder.close()
+
+
+def test_no_epoch_appears_twice_after_a_resume(tmp_path: Path) -> None:
+    """A run is killed after epoch 3, of which epochs 2 and 3 have no checkpoint, and goes on; and once more."""
+    killed = Recorder(Storage(tmp_path), 0)
+    for epoch in range(4):
+        killed.record(record(epoch), {"samples": picture(epoch)})
+    for run, first in ((1, 2), (2, 3)):
+        next_second()
+        resumed = Recorder(Storage(tmp_path), first)
+        for epoch in range(first, 5):
+            resumed.record(record(epoch, run), {"samples": picture(100 * run + epoch)})
+        resumed.close()
+    events = board(tmp_path)
+    expected = [record(0), record(1), record(2, run=1), record(3, run=2), record(4, run=2)]
+    for tag, name in TAGS.items():
+        got = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert got == [(r["epoch"], pytest.approx(r[name], rel=1e-6)) for r in expected]
+    images = events.Images("samples")
+    assert [image.step for image in images] == [0, 1, 2, 3, 4]
+    for image, seed in zip(images, [0, 1, 102, 203, 204], strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+        assert np.array_equal(pixels, picture(seed).transpose(1, 2, 0))
+    assert read(Storage(tmp_path)) == expected
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="tensorboardX names event files by the second and truncates"
+)
+def test_resume_within_the_same_second_keeps_the_curves(tmp_path: Path) -> None:
+    next_second()
+    for epoch in range(2):
+        recorder = Recorder(Storage(tmp_path), epoch)
+        recorder.record(record(epoch), {})
+        recorder.close()
+    assert [event.step for event in board(tmp_path).Scalars("val/loss")] == [0, 1]
+
+
+def test_events_of_a_remote_run_are_uploaded(tmp_path: Path) -> None:
+    """For storage that is no local path."""
+    recorder = Recorder(Storage(f"file://{tmp_path}"), 0)
+    recorder.record(record(0), {"samples": picture(0)})
+    assert list(tmp_path.glob("events.*"))  # the first epoch's already
+    recorder.record(record(1), {})
+    recorder.close()
+    assert [event.step for event in board(tmp_path).Scalars("val/loss")] == [0, 1]
+    assert len(board(tmp_path).Images("samples")) == 1
+    assert read(Storage(tmp_path)) == [record(0), record(1)]
