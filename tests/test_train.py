@@ -154,6 +154,7 @@ def test_gradient_is_that_of_the_mean_negative_elbo(likelihood: str, augmented: 
         assert p.grad is not None
         assert gradient.norm() > 0, name
         assert float((p.grad - gradient).norm() / gradient.norm()) < 2e-5, name
+    reconstruction, kl = reconstruction.detach(), kl.detach()
     total = float((reconstruction + beta * kl).sum())
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in expected))
     sums = [total, float(reconstruction.sum()), float(kl.sum()), norm, 0.0]
