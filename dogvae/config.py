@@ -82,12 +82,12 @@ class Config(_Checked):
     batch_size: int = setting(
         0, "training", "images per step, over all workers together; 0 takes a 40th of the training images", low=0
     )
-    lr: float = setting(2e-3, "training", "peak learning rate of Adam", above=0, high=1)
+    lr: float = setting(3e-3, "training", "peak learning rate of Adam", above=0, high=1)
     schedule: str = setting("cosine", "training", "learning rate after the warm-up", choices=("cosine", "constant"))
     lr_warmup: float = setting(1.0, "training", "epochs of linear warm-up of the learning rate", low=0)
     samples: int = setting(1, "training", "posterior samples per image and step", low=1, high=1000)
     beta: float = setting(1.0, "training", "weight of the KL term", low=0)
-    kl_warmup: float = setting(0.0, "training", "epochs over which beta grows linearly from 0", low=0)
+    kl_warmup: float = setting(10.0, "training", "epochs over which beta grows linearly from 0", low=0)
     grad_clip: float = setting(0.0, "training", "largest norm of the gradient; 0 does not clip", low=0)
     ema: float = setting(
         0.995,
@@ -168,10 +168,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         schedule="constant",
         lr_warmup=0.0,
         ema=0.0,
+        kl_warmup=0.0,
         batch_size=32,
         epochs=50,
         loss_scale="notebook",
     ),
     # Minutes on a laptop.
-    "small": dict(width=16, latent_dim=16, epochs=12),
+    "small": dict(width=16, latent_dim=16, epochs=12, kl_warmup=3.0),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -38,15 +39,19 @@ class _RayObserver(Observer):
             self._send("epoch", record)
 
 
-def _worker(settings: dict[str, Any]) -> None:
-    """What every Ray Train worker runs."""
+def _worker(settings: dict[str, Any]) -> str | None:
+    """What every Ray Train worker runs. Returns a user's mistake: raised, it would be tried again and again."""
     import ray.train
     import ray.train.torch
 
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     context = ray.train.get_context()
     observer = _RayObserver(settings["queue"], context.get_world_rank())
-    loop(settings["config"], Storage(settings["run"]), ray.train.torch.get_device(), observer)
+    try:
+        loop(settings["config"], Storage(settings["run"]), ray.train.torch.get_device(), observer)
+    except UsageError as mistake:
+        return str(mistake)
+    return None
 
 
 def launch(config: Config, storage: Storage, workers: Workers, max_failures: int, verbose: bool) -> None:
@@ -65,15 +70,15 @@ def launch(config: Config, storage: Storage, workers: Workers, max_failures: int
             queue.put_nowait(("failure", {rank: _first_line(e) for rank, e in worker_exceptions.items()}))
 
     head, _, name = storage.uri.rpartition("/")
+    # At run time these are Train V2's classes, which keep what the workers return; type checkers see V1's.
     trainer = TorchTrainer(
-        _worker,
+        _worker,  # type: ignore[arg-type]
         train_loop_config={"config": config, "run": storage.uri, "queue": queue},
         scaling_config=ScalingConfig(
             num_workers=workers.count,
             use_gpu=workers.gpu,
             resources_per_worker={"CPU": 1, "GPU": 1} if workers.gpu else {"CPU": 1},
         ),
-        # At run time these are Train V2's classes; type checkers see V1's.
         run_config=RunConfig(  # type: ignore[call-arg]
             name=name,
             storage_path=head,
@@ -82,35 +87,33 @@ def launch(config: Config, storage: Storage, workers: Workers, max_failures: int
             logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
         ),
     )
-    errors: list[BaseException] = []
+    fit: Future[Any] = Future()
 
-    def fit() -> None:
+    def run() -> None:
         try:
-            trainer.fit()
-        except BaseException as error:  # noqa: BLE001  (it is raised again, on the main thread)
-            errors.append(error)
+            fit.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001  (the main thread raises it)
+            fit.set_exception(error)
 
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    _show(queue, thread, config, max_failures)
-    thread.join()
+    threading.Thread(target=run, daemon=True).start()  # a daemon: Ctrl-C must not wait for it
+    _show(queue, fit, config, max_failures)
     queue.shutdown()
-    if errors:
-        raise _cause(errors[0])
+    if mistake := fit.result().return_value:
+        raise UsageError(mistake)
 
 
-def _show(queue: Any, running: threading.Thread, config: Config, max_failures: int) -> None:
+def _show(queue: Any, fit: Future[Any], config: Config, max_failures: int) -> None:
     """Draw what the workers send until the trainer has ended and everything is drawn."""
     from ray.util.queue import Empty
 
     last = ""
     with Progress("training", plain_interval_s=60) as line:
         while True:
-            alive = running.is_alive()
+            ended = fit.done()
             try:
                 kind, *payload = queue.get(timeout=0.5)
             except Empty:
-                if not alive:
+                if ended:
                     return
                 continue
             if kind == "progress":
@@ -140,13 +143,3 @@ def _first_line(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error
     lines = str(cause).strip().splitlines() or [type(cause).__name__]
     return f"{type(cause).__name__}: {lines[-1] if 'Traceback' in lines[0] else lines[0]}"
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The worker's own error, if it was a worker that failed: a user's mistake comes out as such."""
-    failures = getattr(error, "worker_failures", None)
-    if not failures:
-        return error
-    first = failures[min(failures)]
-    cause = getattr(first, "cause", None) or first
-    return cause if isinstance(cause, UsageError) else error

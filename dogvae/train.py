@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ VAL_CHUNK = 32  # images validated at once; fixed, so that every world size comp
 ACTIVE_VARIANCE = 0.01  # Burda, Grosse & Salakhutdinov 2016: a latent is active if its mean varies more than this
 PICTURES = 10  # how often over a run pictures go to TensorBoard
 NOISE, VALIDATION = 2, 3  # what a draw is for, so that no two purposes share their random numbers (1: augmentation)
+
+
+T = TypeVar("T")
 
 
 class Observer:
@@ -211,11 +215,17 @@ def baselines(likelihood: str, dataset: Dataset) -> tuple[float, float]:
     return floor, loss.flat_score(likelihood, moments(dataset.train)[0], *moments(dataset.val))
 
 
-def loop(config: Config, storage: Storage, device: torch.device, observer: Observer) -> None:
-    """Train from the latest checkpoint in `storage`, or from the start, to the last epoch. Every rank calls it."""
+def open_data(config: Config) -> Dataset:
+    """The run's dataset; UsageError if it is not the one that the run began with."""
     dataset = Dataset(config.data)
     if dataset.fingerprint != config.fingerprint:
         raise UsageError(f"--data: {config.data} has changed since this run began (its fingerprint differs)")
+    return dataset
+
+
+def loop(config: Config, storage: Storage, device: torch.device, observer: Observer) -> None:
+    """Train from the latest checkpoint in `storage`, or from the start, to the last epoch. Every rank calls it."""
+    dataset = _together(lambda: open_data(config))
     trainer = Trainer(config, device)
     rank, world_size = trainer.rank, trainer.world_size
     checkpoints = Checkpoints(storage)
@@ -313,6 +323,22 @@ def _pictures(model: VAE, photos: Tensor, device: torch.device) -> dict[str, np.
         return pictures.standard(model, photos, device)
     finally:
         model.train()
+
+
+def _together(action: Callable[[], T]) -> T:
+    """Run an action on every rank; a user's mistake that shows on one of them is raised on all, so that none waits."""
+    result, problem = None, None
+    try:
+        result = action()
+    except UsageError as error:
+        problem = str(error)
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    if first := next(filter(None, problems), None):
+        raise UsageError(first)
+    return cast(T, result)
 
 
 def _agree(value: Any, world_size: int) -> Any:

@@ -139,7 +139,7 @@ def test_finished_run_says_so(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--name", "one", "--resume", "--lr", "0.5"], ["--lr", "0.002", "0.5"]),
+        (["--name", "one", "--resume", "--lr", "0.5"], ["--lr", "0.003", "0.5"]),
         (["--name", "nobody", "--resume"], ["--resume", "nobody"]),
         (["--resume"], ["--resume", "--name"]),
         (["--name", "../x"], ["--name", "../x"]),
