@@ -23,7 +23,7 @@ def check(name: str, value: Any, expected: type, limits: Any) -> Any:
     """Return `value` if it is of the `expected` type and within `limits`; else a UsageError names the flag."""
     flag = "--" + name.replace("_", "-")
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise UsageError(f"{flag}: {value!r} is no {expected.__name__}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -103,7 +103,7 @@ class Config(_Checked):
     precision: str = setting(
         "auto", "training", "bf16 autocast on GPUs that have it, or fp32", choices=("auto", "bf16", "fp32")
     )
-    seed: int = setting(0, "training", "everything random is drawn from it", low=0, high=2**63 - 1)
+    seed: int = setting(0, "training", "everything random is drawn from it", low=0, high=2**32 - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested, JSON-ready."""

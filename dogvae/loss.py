@@ -16,7 +16,7 @@ from torch import Tensor
 
 # Below, the densities of the continuous Bernoulli and the Gaussian have no upper limit: an all-black pixel could score
 # infinitely well. These bounds make the best possible score, the floor of `explained`, finite.
-LOGIT_BOUND = 9.0  # continuous Bernoulli: its parameter stays within [1.2e-4, 1 - 1.2e-4]
+LOGIT_BOUND = 1000.0  # continuous Bernoulli: its mean stays within [0.001, 0.999]
 LOG_SCALE_BOUNDS = (math.log(1 / 255), 0.0)  # Gaussian: a standard deviation from one grey level to the whole range
 
 
@@ -26,16 +26,39 @@ def bernoulli(logits: Tensor, x: Tensor, log_scale: Tensor | None = None) -> Ten
 
 
 def continuous_bernoulli(logits: Tensor, x: Tensor, log_scale: Tensor | None = None) -> Tensor:
-    """Negative log density of the continuous Bernoulli (Loaiza-Ganem & Cunningham 2019, eq. 4-7), its logits bounded.
+    """Negative log density of the continuous Bernoulli (Loaiza-Ganem & Cunningham 2019), logits bounded smoothly."""
+    logits = _bounded(logits)
+    return bernoulli(logits, x) - _log_c(logits)
 
-    With the logit l the normalising constant is C = l / tanh(l / 2) (2 at l = 0); log C is even in l.
+
+def _bounded(logits: Tensor) -> Tensor:
+    return LOGIT_BOUND * torch.tanh(logits / LOGIT_BOUND)
+
+
+def _log_c(logits: Tensor) -> Tensor:
+    """Log of the normalising constant (ibid., eq. 7): l / tanh(l / 2) with the logit l; by its series near 0, where
+    that is 0 / 0.
     """
-    l = LOGIT_BOUND * torch.tanh(logits / LOGIT_BOUND)  # noqa: E741
-    small = l.abs() < 0.05
-    safe = torch.where(small, torch.ones_like(l), l)
-    # log(2 atanh(1 - 2p) / (1 - 2p)) with 1 - 2p = -tanh(l / 2); near 0 by its series, where the quotient is 0 / 0
-    log_c = torch.where(small, math.log(2) + l.square() / 12, (safe / torch.tanh(safe / 2)).abs().log())
-    return bernoulli(l, x) - log_c
+    small = logits.abs() < 0.05
+    safe = torch.where(small, torch.ones_like(logits), logits)
+    return torch.where(small, math.log(2) + logits.square() / 12, (safe / torch.tanh(safe / 2)).log())
+
+
+def _continuous_mean(logits: Tensor) -> Tensor:
+    """Mean of the continuous Bernoulli (ibid., eq. 8)."""
+    small = logits.abs() < 0.05
+    safe = torch.where(small, torch.ones_like(logits), logits)
+    return torch.where(small, 0.5 + logits / 12, 1 / -torch.expm1(-safe) - 1 / safe)
+
+
+def _continuous_logit(mean: Tensor) -> Tensor:
+    """The logit within the bounds whose mean is nearest; by bisection, there is no closed form. float64."""
+    low, high = torch.full_like(mean, -LOGIT_BOUND), torch.full_like(mean, LOGIT_BOUND)
+    for _ in range(60):
+        middle = (low + high) / 2
+        less = _continuous_mean(middle) < mean
+        low, high = torch.where(less, middle, low), torch.where(less, high, middle)
+    return (low + high) / 2
 
 
 def gaussian(logits: Tensor, x: Tensor, log_scale: Tensor | None = None) -> Tensor:
@@ -76,12 +99,9 @@ def psnr(decoded_bchw: Tensor, x_bchw: Tensor) -> Tensor:
 
 def decoded_mean(likelihood: str, logits: Tensor) -> Tensor:
     """The likelihood's mean, in [0, 1]: the picture that a person is shown."""
-    if likelihood != "continuous-bernoulli":
-        return torch.sigmoid(logits)
-    l = LOGIT_BOUND * torch.tanh(logits / LOGIT_BOUND)  # noqa: E741
-    small = l.abs() < 0.05
-    safe = torch.where(small, torch.ones_like(l), l)
-    return torch.where(small, 0.5 + l / 12, 1 / (1 - torch.exp(-safe)) - 1 / safe)
+    if likelihood == "continuous-bernoulli":
+        return _continuous_mean(_bounded(logits))
+    return torch.sigmoid(logits)
 
 
 def floor_table(likelihood: str) -> np.ndarray:
@@ -92,8 +112,8 @@ def floor_table(likelihood: str) -> np.ndarray:
         return np.full(256, best)
     if likelihood == "bernoulli":
         return torch.special.entr(torch.stack([x, 1 - x])).sum(dim=0).numpy()
-    every = continuous_bernoulli(_logit_grid()[:, None], x[None, :].expand(len(_logit_grid()), -1))
-    return every.min(dim=0).values.numpy()
+    best_logits = _continuous_logit(x)  # a member of an exponential family fits best where its mean is the data's
+    return (bernoulli(best_logits, x) - _log_c(best_logits)).numpy()
 
 
 def flat_score(likelihood: str, prediction: Tensor, mean: Tensor, mean_square: Tensor) -> float:
@@ -108,15 +128,8 @@ def flat_score(likelihood: str, prediction: Tensor, mean: Tensor, mean_square: T
         return float((0.5 * squares * torch.exp(-2 * s) + s + 0.5 * math.log(2 * math.pi)).sum())
     if likelihood == "bernoulli":
         return float(bernoulli(torch.logit(prediction, 1e-6), mean).sum())
-    grid = _logit_grid()
-    means = decoded_mean(likelihood, grid)
-    nearest = torch.searchsorted(means, prediction.contiguous()).clamp(max=len(grid) - 1)
-    return float(continuous_bernoulli(grid[nearest], mean).sum())
-
-
-def _logit_grid() -> Tensor:
-    """Logits fine and wide enough to invert or minimise the continuous Bernoulli, which has no closed forms for it."""
-    return torch.linspace(-40, 40, 80001, dtype=torch.float64)
+    logits = _continuous_logit(prediction)
+    return float((bernoulli(logits, mean) - _log_c(logits)).sum())
 
 
 def explained(loss: float, floor: float, mean: float) -> float:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +30,33 @@ class Recorder:
     """Writes the record of each epoch from `first_epoch` on; what an interrupted run wrote beyond it is dropped."""
 
     def __init__(self, storage: Storage, first_epoch: int) -> None:
-        from tensorboardX import SummaryWriter
+        # Not SummaryWriter: its thread writes when it likes, and what a kill leaves then lacks the last epochs.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
         self._storage = storage
         self._records = [record for record in read(storage) if record["epoch"] < first_epoch]
         # TensorBoard needs a local folder; for an object store it is a copy that is uploaded epoch by epoch.
         self._folder = storage.local or Path(tempfile.mkdtemp(prefix="dogvae-events-"))
-        self._board = SummaryWriter(str(self._folder), purge_step=first_epoch)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._board = EventsWriter(str(self._folder / "events"), f".{uuid.uuid4().hex[:8]}")
+        # Tells TensorBoard to forget what earlier files say of these epochs.
+        self._event(first_epoch, session_log=SessionLog(status=SessionLog.START))
 
     def record(self, record: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """Append an epoch: `record["epoch"]` and its numbers, and pictures (3, H, W) uint8 by name."""
-        self._records.append(record)
+        from tensorboardX import summary
+
+        self._records.append({k: v if math.isfinite(v) else None for k, v in record.items()})
         self._storage.write(FILE, "".join(json.dumps(r) + "\n" for r in self._records).encode())
         epoch = record["epoch"]
         for name, value in record.items():
             if name != "epoch":
                 group, _, rest = name.partition("_")
                 tag = f"{group}/{rest}" if group in ("train", "val") else f"run/{name}"
-                self._board.add_scalar(tag, value, epoch)
+                self._event(epoch, summary=summary.scalar(tag, value))
         for name, picture in pictures.items():
-            self._board.add_image(name, picture, epoch)
+            self._event(epoch, summary=summary.image(name, picture))
         self._board.flush()
         self._upload()
 
@@ -54,6 +64,11 @@ class Recorder:
         """Finish the event file."""
         self._board.close()
         self._upload()
+
+    def _event(self, epoch: int, **what: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._board.write_event(Event(wall_time=time.time(), step=epoch, **what))
 
     def _upload(self) -> None:
         if self._storage.local is None:

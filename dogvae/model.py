@@ -6,6 +6,8 @@ a log-variance that cannot overflow, logits instead of probabilities, and paddin
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ GROUP_CHANNELS = 8  # channels that share their statistics under group norm
 def _norm(config: ModelConfig, channels: int) -> nn.Module:
     if config.norm == "batch":
         return SyncBatchNorm(channels)
-    return nn.GroupNorm(max(1, channels // GROUP_CHANNELS), channels)
+    return nn.GroupNorm(math.gcd(max(1, channels // GROUP_CHANNELS), channels), channels)
 
 
 def _widths(config: ModelConfig) -> list[int]:
@@ -113,7 +115,13 @@ class VAE(nn.Module):
 
     def decode_samples(self, z_sbchw: Tensor) -> Tensor:
         """Logits (s, b, 3, h, h): the samples are folded into the batch and decoded in one call."""
+        norms = [m for m in self.decoder.modules() if isinstance(m, SyncBatchNorm)]
+        for norm in norms:
+            # The notebook decodes its samples one by one: each is normalised by its own statistics.
+            norm.groups = len(z_sbchw) if self.config.architecture == "notebook" else 1
         logits = self.decoder(z_sbchw.flatten(0, 1))
+        for norm in norms:
+            norm.groups = 1
         return logits.unflatten(0, z_sbchw.shape[:2])
 
     def decode_mean(self, z_bchw: Tensor) -> Tensor:

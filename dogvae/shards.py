@@ -163,6 +163,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path / MANIFEST} has format version {manifest.get('version')}, this dogvae reads {VERSION}: "
             "prepare the photos again"
         )
+    try:
+        shards = [shard for split in ("train", "val") for shard in manifest["splits"][split]["shards"]]
+        complete = all({"file", "count", "bytes", "sha256"} <= set(shard) for shard in shards)
+        complete = complete and {"size", "fingerprint", "settings", "source", "rejected"} <= set(manifest)
+    except (KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise UsageError(f"{path / MANIFEST} is incomplete: prepare the photos again")
     return manifest
 
 

@@ -18,7 +18,7 @@ class Storage:
     """
 
     def __init__(self, uri: str | Path) -> None:
-        self.uri = str(uri).rstrip("/")
+        self.uri = str(uri).removeprefix("file://").rstrip("/") or "/"
         self.local: Path | None = None if "://" in self.uri else Path(self.uri).expanduser().absolute()
         try:
             if self.local:
@@ -30,6 +30,8 @@ class Storage:
             raise UsageError(f"{uri} is no place that can be written to: {error}") from error
 
     def __truediv__(self, name: str) -> Storage:
+        if self.local:
+            return Storage(self.local / name)
         head, query, options = self.uri.partition("?")
         return Storage(f"{head}/{name}{query}{options}")
 

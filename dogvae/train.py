@@ -68,8 +68,9 @@ class Trainer:
             config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         self.noise = torch.Generator(device)
-        # Of this epoch, on this rank: loss, reconstruction, KL (nats, over images), gradient norm, skipped steps.
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        # Of this epoch on this rank, over the steps that were not skipped: images, loss, reconstruction and KL in nats,
+        # gradient norms; and how many steps were skipped.
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
 
     def step(self, images: Tensor, n: int, epoch: int, step: int, steps: int) -> None:
         """One step on this rank's slice, uint8 (b, 3, h, h), of a global batch of `n` images; `steps` make an epoch."""
@@ -83,6 +84,8 @@ class Trainer:
             x = x.to(memory_format=torch.channels_last)
         self.noise.manual_seed(int(random_words(1, config.seed, epoch, step, NOISE)[0] >> 1))
         noise = torch.randn((config.samples, n, *self.model.latent_shape), generator=self.noise, device=device)
+        # Batch norm takes its statistics in passing: should the step be skipped, they are put back.
+        before = [buffer.clone() for buffer in self.model.buffers()]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             logits, mu, logvar = self.net(x, noise[:, mine])
         reconstruction = loss.reconstruction(config.model.likelihood, logits, x, self.model.log_scale)
@@ -92,12 +95,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         # DDP averages over ranks: times their number, the slices' sums add up to the mean over the global batch.
         (objective * self.world_size).backward()
-        skipped, norm = self._update(lr_at(config, epoch + step / steps), epoch * steps + step)
-        terms = torch.stack([reconstruction.sum() + beta * kl.sum(), reconstruction.sum(), kl.sum()]).detach().double()
-        kept = (1 - skipped).double()
-        self.sums += torch.cat(
-            [terms.nan_to_num(0, 0, 0) * kept, torch.stack([norm.double().nan_to_num(0, 0, 0), skipped.double()])]
-        )
+        skipped, norm = self._update(lr_at(config, epoch + step / steps), epoch * steps + step, before)
+        nats = torch.stack([reconstruction.sum() + beta * kl.sum(), reconstruction.sum(), kl.sum()]).detach().double()
+        images_nats_norm = torch.cat([nats.new_tensor([len(x)]), nats, norm.double()[None]])
+        taken = torch.where(skipped > 0, torch.zeros_like(images_nats_norm), images_nats_norm)
+        self.sums += torch.cat([taken, skipped.double()[None]])
 
     def _objective(self, reconstruction: Tensor, kl: Tensor, beta: float, n: int) -> Tensor:
         """This rank's part of the loss of a global batch of `n` images, from sums over its own images."""
@@ -107,9 +109,9 @@ class Trainer:
         pixels = 3 * self.config.model.image_size**2
         return reconstruction / (n * pixels) + beta * kl / (self.config.batch_size * pixels)
 
-    def _update(self, lr: float, number: int) -> tuple[Tensor, Tensor]:
-        """Apply the gradients of step `number` of the run unless they are not finite; returns whether that skipped it
-        (1. or 0.) and their norm.
+    def _update(self, lr: float, number: int, before: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Apply the gradients of step `number` of the run, unless they are not finite: then nothing changes, and the
+        buffers are again what they were `before`. Returns whether it was skipped (1. or 0.) and the gradients' norm.
         """
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -121,11 +123,15 @@ class Trainer:
         # The fused Adam leaves weights and moments alone where `found_inf` is 1, without asking the device first.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
+        for buffer, old in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(torch.where(skipped > 0, old, buffer))
         if self.ema is not None:
             # Early on the average is short, or it would remember the random weights it started from.
             decay = min(self.config.ema, (1 + number) / (10 + number))
             averaged: list[Tensor] = list(self.ema.parameters())
-            torch._foreach_lerp_(averaged, [p.detach() for p in self.parameters.values()], 1 - decay)
+            steps = torch._foreach_sub([p.detach() for p in self.parameters.values()], averaged)
+            torch._foreach_mul_(steps, (1 - skipped) * (1 - decay))
+            torch._foreach_add_(averaged, steps)
             for mean, value in zip(self.ema.buffers(), self.model.buffers(), strict=True):
                 mean.copy_(value)
         return skipped, norm
@@ -151,7 +157,7 @@ class Trainer:
             self.ema.load_state_dict(part(tensors, "ema"))
         for key in ("step", "exp_avg", "exp_avg_sq"):
             for name, tensor in part(tensors, f"adam/{key}").items():
-                self.optimizer.state[self.parameters[name]][key] = tensor.to(self.device)
+                self.optimizer.state[self.parameters[name]][key] = tensor.to(self.device, copy=True)
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -278,25 +284,26 @@ def _epoch(
     sums = trainer.sums.clone()
     if world_size > 1:
         dist.all_reduce(sums)
-    sums[3:] /= world_size  # gradient norm and skipped steps are the same on all ranks
+    sums[4:] /= world_size  # gradient norm and skipped steps are the same on all ranks
     trained = time.perf_counter() - began
     val = evaluate(trainer.judged, dataset.val, trainer.device, rank, world_size)
     trainer.sums.zero_()
     seconds = meta["seconds"] + time.perf_counter() - began
     floor, mean = meta["baselines"]
-    total, reconstruction, kl, norm, skipped = sums.tolist()
+    norm, skipped = sums[4:].tolist()
+    total, reconstruction, kl = (sums[1:4] / sums[0]).tolist()
     record = {
         "epoch": epoch,
         "step": (epoch + 1) * steps,
-        "train_loss": total / n,
-        "train_reconstruction": reconstruction / n,
-        "train_kl": kl / n,
+        "train_loss": total,
+        "train_reconstruction": reconstruction,
+        "train_kl": kl,
         **{f"val_{name}": value for name, value in val.items()},
         "val_explained": loss.explained(val["loss"], floor, mean),
         "val_loss_per_pixel": val["loss"] / (3 * config.model.image_size**2),
         "lr": lr_at(config, epoch + (steps - 1) / steps),
         "beta": beta_at(config, epoch + (steps - 1) / steps),
-        "gradient_norm": norm / steps,
+        "gradient_norm": norm / max(1, steps - skipped),
         "skipped_steps": int(skipped),
         "images_per_s": sum(map(len, globals_[first:])) / trained,
         "data_wait": waited / trained,

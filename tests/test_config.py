@@ -42,7 +42,7 @@ TABLE: dict[str, tuple[type, list[Any], list[Any]]] = {
     "augment": (bool, [True, False], []),
     "loss_scale": (str, ["image", "notebook"], ["pixel"]),
     "precision": (str, ["auto", "bf16", "fp32"], ["fp16"]),
-    "seed": (int, [0, 2**63 - 1], [-1, 2**63]),
+    "seed": (int, [0, 2**32 - 1], [-1, 2**32]),
 }
 WRONG_TYPES: dict[type, list[Any]] = {
     str: [None, 3, 1.5, True, ["default"], {}],
@@ -88,7 +88,6 @@ def test_invalid_value_is_refused_by_flag(name: str, value: Any) -> None:
         ModelConfig(**{name: value}) if name in MODEL_NAMES else Config(**{name: value})
 
 
-@pytest.mark.xfail(strict=True, reason="float() of an integer beyond 1.8e308 raises OverflowError")
 def test_huge_integer_for_a_float_is_refused() -> None:
     with pytest.raises(UsageError, match="--beta"):
         Config.from_json(json.dumps(Config().to_dict()).replace('"beta": 1.0', '"beta": 1' + 400 * "0"), "x")
@@ -152,7 +151,7 @@ VALID = {
     "augment": st.booleans(),
     "loss_scale": st.sampled_from(["image", "notebook"]),
     "precision": st.sampled_from(["auto", "bf16", "fp32"]),
-    "seed": st.integers(0, 2**63 - 1),
+    "seed": st.integers(0, 2**32 - 1),
 }
 
 

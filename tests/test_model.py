@@ -53,7 +53,6 @@ def test_widths_double_up_to_eight_times() -> None:
         assert decoder == [*reversed(widths), 3]
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="channels // 8 groups need not divide the channels: width 28")
 def test_every_width_can_be_normalised() -> None:
     with torch.device("meta"):  # shapes only: the largest would fill gigabytes
         for width in range(4, 513):
@@ -115,7 +114,7 @@ def test_decode_mean_is_the_likelihoods() -> None:
     model = awake(VAE(config_of())).eval()
     assert torch.equal(model.decode_mean(z), torch.sigmoid(model.decoder(z)))
     model = awake(VAE(config_of(likelihood="continuous-bernoulli"))).eval()
-    bounded = 9 * torch.tanh(model.decoder(z).double() / 9)  # torch's own mean loses its digits in fp32
+    bounded = 1000 * torch.tanh(model.decoder(z).double() / 1000)  # torch's own mean loses its digits in fp32
     expected = torch.distributions.ContinuousBernoulli(logits=bounded).mean
     torch.testing.assert_close(model.decode_mean(z).double(), expected, rtol=0, atol=3e-5)
 
@@ -243,7 +242,7 @@ def both(
 
 def our_loss(trainer: Trainer, n: int) -> float:
     """The objective of the trainer's only step, through its own scaling of the sums it keeps."""
-    _, reconstruction, kl, _, skipped = trainer.sums
+    _, _, reconstruction, kl, _, skipped = trainer.sums
     assert skipped == 0
     return float(trainer._objective(reconstruction, kl, 1.0, n))
 
@@ -285,12 +284,13 @@ def test_notebook_at_full_width() -> None:
 
 
 def test_notebook_with_three_samples_in_training() -> None:
-    """The one difference: its batch norm sees the samples one after another, ours sees them as one batch."""
-    trainer, notebook, value = both(samples=3, n=FULL, train_mode=True, folded=True)
+    """Its batch norm sees the samples one after another; ours decodes them in one call, but in as many groups."""
+    trainer, notebook, value = both(samples=3, n=FULL, train_mode=True)
     assert our_loss(trainer, FULL) == pytest.approx(value, rel=1e-5)
     assert largest_difference(trainer, notebook) < 1e-5
-    trainer, notebook, value = both(samples=3, n=FULL, train_mode=True)
-    assert our_loss(trainer, FULL) == pytest.approx(value, rel=1e-2)
+    for a, b in zip(trainer.model.buffers(), [*notebook.encoder.buffers(), *notebook.decoder.buffers()], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    _, notebook, _ = both(samples=3, n=FULL, train_mode=True, folded=True)  # one batch of all three is something else
     assert largest_difference(trainer, notebook) > 1e-3
 
 

@@ -87,7 +87,7 @@ def plain_terms(model: VAE, x: Tensor, noise: Tensor, likelihood: str) -> tuple[
                 scale = torch.exp((1 - torch.sigmoid(model.log_scale)) * math.log(1 / 255))
                 terms.append(-Normal(torch.sigmoid(logits), scale).log_prob(x[b : b + 1]).sum())
             else:
-                bounded = 9 * torch.tanh(logits.double() / 9)  # torch's own loses its digits in fp32
+                bounded = 1000 * torch.tanh(logits.double() / 1000)  # torch's own loses its digits in fp32
                 terms.append(-ContinuousBernoulli(logits=bounded).log_prob(x[b : b + 1].double()).sum().float())
         reconstructions.append(torch.stack(terms).mean())
         kls.append(kl_divergence(posterior, Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum())
@@ -157,7 +157,7 @@ def test_gradient_is_that_of_the_mean_negative_elbo(likelihood: str, augmented: 
     reconstruction, kl = reconstruction.detach(), kl.detach()
     total = float((reconstruction + beta * kl).sum())
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in expected))
-    sums = [total, float(reconstruction.sum()), float(kl.sum()), norm, 0.0]
+    sums = [3, total, float(reconstruction.sum()), float(kl.sum()), norm, 0.0]
     assert trainer.sums.tolist() == pytest.approx(sums, rel=1e-5)
 
 
@@ -299,16 +299,15 @@ def test_step_that_is_not_finite_is_skipped(first: bool, clip: float) -> None:
     if first:  # Adam's state comes into being
         assert all(float(after[name].abs().max()) == 0 for name in after.keys() - before.keys())
     assert differing(before, {name: after[name] for name in before}) == []
-    assert trainer.sums[4] == sums[4] + 1 == 1
-    assert torch.equal(trainer.sums[:4], sums[:4])
+    assert trainer.sums[5] == sums[5] + 1 == 1
+    assert torch.equal(trainer.sums[:5], sums[:5])
     for each in (trainer, spared):
         each.step(photos(4, seed=2), 4, 0, 2, 5)
     assert differing(trainer.state(), spared.state()) == []
     assert differing(before, {name: trainer.state()[name] for name in before}) == list(before)
-    assert torch.equal(trainer.sums[:4], spared.sums[:4])
+    assert torch.equal(trainer.sums[:5], spared.sums[:5])
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the batch's statistics are taken before it is skipped")
 def test_skipped_step_leaves_the_statistics_alone() -> None:
     """Of batch norm: once they are not numbers, no later validation is one."""
     trainer = trainer_of(config_of(norm="batch"))
@@ -318,7 +317,6 @@ def test_skipped_step_leaves_the_statistics_alone() -> None:
     assert differing(before, {name: after[name] for name in before}) == []
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the average is moved by a skipped step as by any other")
 def test_skipped_step_leaves_the_average_alone() -> None:
     trainer = trainer_of(config_of(ema=0.9))
     trainer.step(photos(4), 4, 0, 0, 5)
