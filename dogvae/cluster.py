@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from dogvae.console import UsageError
 
-MAX_CPU_WORKERS = 8  # by default: beyond that, batches are so thinly sliced that CPUs mostly wait for each other
-
 
 def connect(verbose: bool = False) -> str:
     """Connect this process to Ray, once, and return a sentence that says to what.
@@ -38,17 +36,19 @@ def connect(verbose: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Workers:
-    """How many ranks there are, each with a GPU of its own or a CPU."""
+    """How many ranks there are, each with `cpus` CPUs, and a GPU of its own if `gpu`."""
 
     count: int
     gpu: bool
+    cpus: int = 1
 
     def __str__(self) -> str:
-        return f"{self.count} {'GPU' if self.gpu else 'CPU'} worker{'s' if self.count > 1 else ''}"
+        each = f" of {self.cpus} CPUs" if self.cpus > 1 else ""
+        return f"{self.count} {'GPU' if self.gpu else 'CPU'} worker{'s' if self.count > 1 else ''}{each}"
 
 
 def plan(gpus: int | None, cpus: int | None) -> Workers:
-    """The workers asked for, by default all GPUs, else the CPUs; UsageError if the cluster cannot have them."""
+    """The workers asked for, by default all GPUs, else one per node; UsageError if the cluster cannot have them."""
     import ray
 
     total = {k: int(v) for k, v in ray.cluster_resources().items()}
@@ -56,7 +56,12 @@ def plan(gpus: int | None, cpus: int | None) -> Workers:
     limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
     have = {k: max(total.get(k, 0), int(limits.get(k, 0))) for k in ("GPU", "CPU")}
     if gpus is None and cpus is None:
-        return Workers(have["GPU"], True) if have["GPU"] else Workers(max(1, min(have["CPU"], MAX_CPU_WORKERS)), False)
+        if have["GPU"]:
+            return Workers(have["GPU"], True)
+        # Threads are faster than as many workers: they need not send each other anything.
+        nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        nodes = [n for n in nodes if n] or [1]
+        return Workers(len(nodes), False, cpus=min(nodes))
     kind, count = ("GPU", gpus) if gpus is not None else ("CPU", cpus)
     assert count is not None
     if count > have[kind]:

@@ -42,7 +42,11 @@ def training_parser(description: str | None) -> Parser:
     run.add_argument("--verbose", action="store_true", help="Ray's own log; tracebacks")
     workers = top.add_argument_group("workers")
     workers.add_argument("--gpus", type=int, help="workers with a GPU each (default: all GPUs, else CPU workers)")
-    workers.add_argument("--cpus", type=int, help="workers with a CPU each (default without GPUs: all CPUs, at most 8)")
+    workers.add_argument(
+        "--cpus",
+        type=int,
+        help="workers with a CPU each (default: one per node, with all its CPUs)",
+    )
     workers.add_argument(
         "--max-failures", type=int, default=3, help="lost workers to recover from; -1: any number (default: 3)"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from concurrent.futures import Future
@@ -44,7 +43,7 @@ def _worker(settings: dict[str, Any]) -> str | None:
     import ray.train
     import ray.train.torch
 
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    torch.set_num_threads(settings["threads"])
     context = ray.train.get_context()
     observer = _RayObserver(settings["queue"], context.get_world_rank())
     try:
@@ -73,11 +72,11 @@ def launch(config: Config, storage: Storage, workers: Workers, max_failures: int
     # At run time these are Train V2's classes, which keep what the workers return; type checkers see V1's.
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]
-        train_loop_config={"config": config, "run": storage.uri, "queue": queue},
+        train_loop_config={"config": config, "run": storage.uri, "queue": queue, "threads": workers.cpus},
         scaling_config=ScalingConfig(
             num_workers=workers.count,
             use_gpu=workers.gpu,
-            resources_per_worker={"CPU": 1, "GPU": 1} if workers.gpu else {"CPU": 1},
+            resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if workers.gpu else {}),
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dogvae.config import ModelConfig
@@ -18,6 +19,14 @@ from dogvae.norm import SyncBatchNorm
 LATENT_SIDE = 4  # the encoder halves the image until it is this small
 LOGVAR_BOUND = 10.0  # |log variance| of the default posterior: exp() of it is far from overflow in any precision
 GROUP_CHANNELS = 8  # channels that share their statistics under group norm
+
+
+# Brightness, red against blue, green against magenta: nearly what principal components of photos' colours are (Ohta,
+# Kanade & Sakai 1980). Rows are orthonormal. In RGB, colour is a small difference of three large numbers; a network
+# that sees and draws RGB learns brightness first and then, for a long time, no colour at all.
+OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+OPPONENT = OPPONENT / OPPONENT.norm(dim=1, keepdim=True)
+OPPONENT_SCALE = torch.tensor([2.0, 8.0, 16.0])  # about 1 / standard deviation of each in photos
 
 
 def _norm(config: ModelConfig, channels: int) -> nn.Module:
@@ -60,6 +69,8 @@ class Encoder(nn.Module):
 
     def forward(self, x_bchw: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, in fp32."""
+        if not self.notebook:
+            x_bchw = _mix(x_bchw - 0.5, OPPONENT * OPPONENT_SCALE[:, None])
         mu, logvar = self.layers(x_bchw).float().chunk(2, dim=1)
         if not self.notebook:
             logvar = LOGVAR_BOUND * torch.tanh(logvar / LOGVAR_BOUND)
@@ -71,6 +82,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.notebook = config.architecture == "notebook"
         layers: list[nn.Module] = []
         channels = config.latent_dim
         for width in reversed(_widths(config)):
@@ -86,7 +98,14 @@ class Decoder(nn.Module):
 
     def forward(self, z_bchw: Tensor) -> Tensor:
         """Logits of the pixels."""
-        return self.layers(z_bchw)
+        if self.notebook:
+            return self.layers(z_bchw)
+        return _mix(self.layers(z_bchw), OPPONENT.T)
+
+
+def _mix(x_bchw: Tensor, matrix: Tensor) -> Tensor:
+    """Each pixel's three channels times a 3x3 matrix."""
+    return F.conv2d(x_bchw, matrix.to(x_bchw)[:, :, None, None])
 
 
 class VAE(nn.Module):
