@@ -17,11 +17,13 @@ from dogvae.console import say
 from dogvae.storage import Storage
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     args = flags.training_parser(__doc__).parse_args(argv)
     flags.check_training(args)
+    safety = flags.safety(args)
     settings = flags.given(args)
     data = args.data or runs.DRAWN
+    name = args.name or runs.default_name(data)
     if args.data is None and not args.resume:
         settings = {"preset": "small", **settings}
     config = Config.make(data=data, **settings)  # mistakes are told before anything slow is imported
@@ -30,15 +32,15 @@ def main(argv: Sequence[str]) -> None:
         if runs.is_finished(storage, config):
             say(f"{storage.uri} has finished its {config.epochs} epochs; to go on, add --epochs {2 * config.epochs}")
             finish(storage, config, args.runs)
-            return
+            return 0
     else:
-        storage = runs.open_new(args.runs, args.name or runs.default_name(data))
+        storage = runs.open_new(args.runs, name)
         runs.check_data(data, settings.get("image_size"), args.crop, args.val_fraction)
     say(cluster.connect(args.verbose))
     workers = cluster.plan(args.gpus, args.cpus)
     if args.dry_run:
         say(json.dumps({"run": storage.uri, "workers": str(workers), **config.to_dict()}, indent=2))
-        return
+        return 0
     if not args.resume:
         dataset = runs.find_data(data, args.runs, settings.get("image_size"), args.crop, args.val_fraction)
         say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
@@ -48,8 +50,11 @@ def main(argv: Sequence[str]) -> None:
 
     runs.save_config(storage, config)
     say(f"{storage.uri}: {config.epochs} epochs on {workers}")
-    launch(config, storage, workers, args.max_failures, args.verbose)
+    if signum := launch(config, storage, workers, safety, args.max_failures, args.verbose):
+        say(f"stopped; to go on: python train_distributed.py --runs {args.runs} --name {name} --resume")
+        return 128 + signum
     finish(storage, config, args.runs)
+    return 0
 
 
 def finish(storage: Storage, config: Config, logdir: str) -> None:

@@ -9,17 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Any, NamedTuple
 
 import safetensors.torch
 from torch import Tensor
 
-from dogvae.console import warn
+from dogvae.console import RunFailed, warn
 from dogvae.storage import Storage
 
 FOLDER = "checkpoints"
 KEEP_LATEST = 2  # the newest, and the one before it should the newest turn out to be torn
+LONGEST_PAUSE_S = 30.0
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.safetensors")
 
 
@@ -31,44 +35,93 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of the run in `storage`: the best by `val_loss` and the latest ones are kept."""
+    """The checkpoints of the run in `storage`: the best by `val_loss` and the latest ones are kept.
 
-    def __init__(self, storage: Storage) -> None:
+    `note` hears, in a line, of torn files and of storage that fails and comes back. While it fails, writing is tried
+    again with growing pauses, and training goes on; after `patience_s` without success `check` raises.
+    """
+
+    def __init__(self, storage: Storage, note: Callable[[str], None] = warn, patience_s: float = 600.0) -> None:
         self._storage = storage / FOLDER
-        self._writer = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
-        self._val_loss: dict[str, float] = {}  # of the checkpoints that have one
+        self._note = note
+        self._patience_s = patience_s
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._lock = Lock()
+        self._newest: Checkpoint | None = None
+        self._trouble = False  # the storage fails: a newer state replaces the one that waits to be written
+        self._val_loss: dict[str, float] = {}  # of the checkpoints that have one; NaN: has none
+        self.last_step = 0
+        """Of the newest checkpoint that is known to be on the storage."""
 
     def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Copy the state at once and write it in the background; waits for the write before, and raises its error."""
-        self.wait()
+        """Copy the state at once and write it in the background, after the one before."""
+        if not self._trouble:
+            self.wait()
         copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-        self._pending = self._writer.submit(self._write, copies, meta)
+        with self._lock:
+            self._newest = Checkpoint(copies, meta)
+            if self._writing is None or self._writing.done():
+                self._writing = self._thread.submit(self._write_newest)
 
     def wait(self) -> None:
-        """Until the last save is on the storage; raises OSError if it could not be written."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        """Until what was saved is on the storage; raises RunFailed if that was given up."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def check(self) -> None:
+        """Raise RunFailed if writing was given up; does not wait."""
+        if self._writing is not None and self._writing.done():
+            self._writing.result()
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None if there is none. A torn one is named in a warning."""
-        return self._first_whole(reversed(self._names()))
+        """The newest checkpoint that is whole; None if there is none."""
+        found = self._first_whole(reversed(self._names()))
+        self.last_step = found.meta["step"] if found else 0
+        return found
 
     def best(self) -> Checkpoint | None:
         """The whole checkpoint with the least `val_loss`, else the latest."""
         scored = [(loss, name) for name in self._names() if (loss := self._loss_of(name)) is not None]
-        return self._first_whole([name for _, name in sorted(scored)]) or self.latest()
+        return self._first_whole(name for _, name in sorted(scored)) or self.latest()
 
     def _names(self) -> list[str]:
         return [name for name in self._storage.names() if _NAME.fullmatch(name)]
+
+    def _write_newest(self) -> None:
+        """Write the newest state there is, until there is no newer one."""
+        failing_since, pause, written = time.monotonic(), 1.0, None
+        while True:
+            with self._lock:
+                newest = self._newest
+                if newest is written or newest is None:
+                    return
+            try:
+                self._write(*newest)
+            except OSError as error:
+                if time.monotonic() - failing_since > self._patience_s:
+                    raise RunFailed(
+                        f"--runs: no checkpoint could be written to {self._storage.uri} for {self._patience_s:.0f} "
+                        f"seconds ({error}); the last good one is of step {self.last_step}"
+                    ) from error
+                if not self._trouble:
+                    self._trouble = True
+                    self._note(f"a checkpoint could not be written ({error}): training on, and trying again")
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+                continue
+            if self._trouble:
+                self._trouble = False
+                self._note("checkpoints can be written again")
+            failing_since, pause, written = time.monotonic(), 1.0, newest
 
     def _write(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         data = safetensors.torch.save(tensors, {"meta": json.dumps(meta)})
         name = f"step-{meta['step']:09d}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         self._storage.write(name, data)
-        if (loss := meta.get("val_loss")) is not None:
-            self._val_loss[name] = loss
+        loss = meta.get("val_loss")
+        self._val_loss[name] = float("nan") if loss is None else loss
+        self.last_step = meta["step"]
         self._prune()
 
     def _prune(self) -> None:
@@ -87,7 +140,7 @@ class Checkpoints:
         loss = self._val_loss[name]
         return None if loss != loss else loss
 
-    def _first_whole(self, names: Any) -> Checkpoint | None:
+    def _first_whole(self, names: Iterable[str]) -> Checkpoint | None:
         return next((checkpoint for name in names if (checkpoint := self._read(name)) is not None), None)
 
     def _read(self, name: str) -> Checkpoint | None:
@@ -95,7 +148,7 @@ class Checkpoints:
         match = _NAME.fullmatch(name)
         assert match
         if hashlib.sha256(data).hexdigest()[:16] != match[2]:
-            warn(f"{self._storage.uri}/{name} is torn (its checksum differs): taking the checkpoint before it")
+            self._note(f"{self._storage.uri}/{name} is torn (its checksum differs): it is not used")
             return None
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return Checkpoint(safetensors.torch.load(data), json.loads(header["__metadata__"]["meta"]))

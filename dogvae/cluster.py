@@ -19,7 +19,6 @@ def connect(verbose: bool = False) -> str:
 
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; unset, it warns
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # patched, a worker's line comes out twice
         ray.init(
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.ERROR,
@@ -38,16 +37,19 @@ def connect(verbose: bool = False) -> str:
 class Workers:
     """How many ranks there are, each with `cpus` CPUs, and a GPU of its own if `gpu`."""
 
-    count: int
+    count: int | tuple[int, int]
+    """A pair is the least and the most: the run takes what there is."""
     gpu: bool
     cpus: int = 1
 
     def __str__(self) -> str:
+        low, high = self.count if isinstance(self.count, tuple) else (self.count, self.count)
         each = f" of {self.cpus} CPUs" if self.cpus > 1 else ""
-        return f"{self.count} {'GPU' if self.gpu else 'CPU'} worker{'s' if self.count > 1 else ''}{each}"
+        number = f"{low} to {high}" if low < high else str(low)
+        return f"{number} {'GPU' if self.gpu else 'CPU'} worker{'s' if high > 1 else ''}{each}"
 
 
-def plan(gpus: int | None, cpus: int | None) -> Workers:
+def plan(gpus: int | tuple[int, int] | None, cpus: int | tuple[int, int] | None) -> Workers:
     """The workers asked for, by default all GPUs, else one per node; UsageError if the cluster cannot have them."""
     import ray
 
@@ -64,8 +66,9 @@ def plan(gpus: int | None, cpus: int | None) -> Workers:
         return Workers(len(nodes), False, cpus=min(nodes))
     kind, count = ("GPU", gpus) if gpus is not None else ("CPU", cpus)
     assert count is not None
-    if count > have[kind]:
+    least = count[0] if isinstance(count, tuple) else count
+    if least > have[kind]:
         flag = f"--{kind.lower()}s"
         other = f"{flag} {have[kind]}" if have[kind] else f"--cpus {have['CPU']}"
-        raise UsageError(f"{flag} {count}: the cluster has {have['GPU']} GPUs and {have['CPU']} CPUs; try {other}")
+        raise UsageError(f"{flag} {least}: the cluster has {have['GPU']} GPUs and {have['CPU']} CPUs; try {other}")
     return Workers(count, kind == "GPU")

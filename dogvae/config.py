@@ -82,7 +82,7 @@ class Config(_Checked):
     batch_size: int = setting(
         0, "training", "images per step, over all workers together; 0 takes a 40th of the training images", low=0
     )
-    lr: float = setting(3e-3, "training", "peak learning rate of Adam", above=0, high=1)
+    lr: float = setting(2e-3, "training", "peak learning rate of Adam", above=0, high=1)
     schedule: str = setting("cosine", "training", "learning rate after the warm-up", choices=("cosine", "constant"))
     lr_warmup: float = setting(1.0, "training", "epochs of linear warm-up of the learning rate", low=0)
     samples: int = setting(1, "training", "posterior samples per image and step", low=1, high=1000)
@@ -140,13 +140,28 @@ class Config(_Checked):
         return Config(model=model, **{k: v for k, v in settings.items() if k not in model_names})
 
     @staticmethod
+    def make_nested(nested: dict[str, Any]) -> Config:
+        """A Config from what `to_dict` gave."""
+        settings = dict(nested)
+        return Config.make(**settings.pop("model"), **settings)
+
+    @staticmethod
     def from_json(text: str, where: str) -> Config:
         """Read what `to_dict` wrote; `where` names the file in the error."""
         try:
-            nested = json.loads(text)
-            return Config.make(**nested.pop("model"), **nested)
+            return Config.make_nested(json.loads(text))
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise UsageError(f"{where} is no configuration of a run: {error}") from error
+
+
+@dataclass(frozen=True)
+class Safety:
+    """How a run guards itself; none of it changes what is computed."""
+
+    checkpoint_s: float = 60.0  # seconds between checkpoints within an epoch; there is one after each epoch anyway
+    checkpoint_steps: int = 0  # or the steps between them
+    max_skipped: int = 20  # steps in a row whose gradients are not finite, before the run ends
+    patience_s: float = 600.0  # how long it trains on while no checkpoint can be written
 
 
 def fields_of(kind: type) -> list[tuple[str, dataclasses.Field[Any], type]]:

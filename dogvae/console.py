@@ -13,6 +13,10 @@ class UsageError(ValueError):
     """A mistake of the user's: the message names the flag or file and the remedy. Shown as one line, exit 2."""
 
 
+class RunFailed(RuntimeError):
+    """A run that cannot go on, through no mistake of the user's: one line that says why and what to do. Exit 1."""
+
+
 def clock(seconds: float) -> str:
     """`75` -> `1:15`, `3700` -> `1:01:40`."""
     minutes, s = divmod(max(0, round(seconds)), 60)

@@ -89,13 +89,13 @@ class Dataset:
             Split(self.path, manifest["splits"][split]["shards"], self.size) for split in ("train", "val")
         )
 
-    def verify(self) -> None:
-        """Compare every shard with its checksum; raises UsageError that names the first one that differs."""
-        for split in self.manifest["splits"].values():
-            for shard in split["shards"]:
-                path = self.path / shard["file"]
-                if sha256_of(path) != shard["sha256"]:
-                    raise UsageError(f"{path} is not what was prepared (its checksum differs): prepare it again")
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Compare this rank's share of the shards with their checksums; UsageError names the first that differs."""
+        shards = [shard for split in self.manifest["splits"].values() for shard in split["shards"]]
+        for shard in shards[rank::world_size]:
+            path = self.path / shard["file"]
+            if sha256_of(path) != shard["sha256"]:
+                raise UsageError(f"{path} is not what was prepared (its checksum differs): prepare it again")
 
 
 def sha256_of(path: Path) -> str:

@@ -18,8 +18,8 @@ from dogvae.dataset import Dataset
 from dogvae.generate import EXPORT_FORMAT, EXPORT_VERSION
 from dogvae.model import VAE
 from dogvae.pictures import standard
+from dogvae.step import part
 from dogvae.storage import Storage
-from dogvae.train import part
 
 FOLDER = "export"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from dogvae.config import CROPS, Config, ModelConfig, check, fields_of
-from dogvae.console import UsageError
+from dogvae.config import CROPS, Config, ModelConfig, Safety, check, fields_of
+from dogvae.console import RunFailed, UsageError
 
 INTERNAL = ("architecture", "data", "fingerprint", "loss_scale")  # settings that a preset or the data decides
 
@@ -41,15 +42,34 @@ def training_parser(description: str | None) -> Parser:
     )
     run.add_argument("--verbose", action="store_true", help="Ray's own log; tracebacks")
     workers = top.add_argument_group("workers")
-    workers.add_argument("--gpus", type=int, help="workers with a GPU each (default: all GPUs, else CPU workers)")
+    workers.add_argument(
+        "--gpus", type=span, metavar="N", help="workers with a GPU each (default: all GPUs, else CPU workers)"
+    )
     workers.add_argument(
         "--cpus",
-        type=int,
-        help="workers with a CPU each (default: one per node, with all its CPUs)",
+        type=span,
+        metavar="N",
+        help="workers with a CPU each, also as 2:4 (default: one per node, with all its CPUs)",
     )
-    workers.add_argument(
+    safety = top.add_argument_group(
+        "safety", "For --gpus and --cpus, 2:4 takes what there is, and resizes as it changes."
+    )
+    safety.add_argument(
+        "--checkpoint-every",
+        default="60s",
+        metavar="TIME",
+        help="between checkpoints within an epoch: 30s, 5m, 2h, or a number of steps (default: 60s)",
+    )
+    safety.add_argument(
         "--max-failures", type=int, default=3, help="lost workers to recover from; -1: any number (default: 3)"
     )
+    safety.add_argument(
+        "--max-skipped", type=int, default=20, help="steps in a row that may be skipped for bad numbers (default: 20)"
+    )
+    safety.add_argument(
+        "--storage-patience", type=duration, default="10m", metavar="TIME",
+        help="how long to train on while no checkpoint can be written (default: 10m)"
+    )  # fmt: skip
     add_settings(top)
     data = next(group for group in top._action_groups if group.title == "data")
     data.add_argument("--val-fraction", type=float, help="share of photos held out for validation (default: 0.05)")
@@ -61,9 +81,7 @@ def check_training(args: argparse.Namespace) -> None:
     """UsageError for flags of a training that contradict each other or are out of range."""
     if args.gpus is not None and args.cpus is not None:
         raise UsageError("--gpus and --cpus: give one of them; a GPU worker has its own CPU")
-    for flag in ("gpus", "cpus"):
-        if getattr(args, flag) is not None:
-            check(flag, getattr(args, flag), int, {"low": 1})
+    check("max_skipped", args.max_skipped, int, {"low": 1})
     check("max_failures", args.max_failures, int, {"low": -1})
     if args.val_fraction is not None:
         check("val_fraction", args.val_fraction, float, {"above": 0, "high": 0.9})
@@ -71,6 +89,35 @@ def check_training(args: argparse.Namespace) -> None:
         check("crop", args.crop, str, {"choices": CROPS})
     if args.resume and (args.val_fraction is not None or args.crop is not None):
         raise UsageError("--resume: the data are prepared already; leave out --val-fraction and --crop")
+
+
+def span(text: str) -> int | tuple[int, int]:
+    """`4`, or `2:4` for at least 2 and at most 4."""
+    low, colon, high = text.partition(":")
+    if not low.isdecimal() or int(low) < 1 or (colon and (not high.isdecimal() or int(high) < int(low))):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 up nor a span such as 2:4")
+    return (int(low), int(high)) if colon else int(low)
+
+
+def duration(text: str) -> float:
+    """`30s`, `5m` or `2h` in seconds."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    if unit is None or not re.fullmatch(r"\d+(\.\d+)?", text[:-1]) or float(text[:-1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 30s, 5m or 2h")
+    return unit * float(text[:-1])
+
+
+def safety(args: argparse.Namespace) -> Safety:
+    """How the run guards itself, from the flags."""
+    every = args.checkpoint_every
+    when: dict[str, Any]
+    try:
+        when = {"checkpoint_steps": int(every)} if every.isdecimal() else {"checkpoint_s": duration(every)}
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--checkpoint-every: {error}, nor a number of steps") from error
+    if when.get("checkpoint_steps") == 0:
+        raise UsageError("--checkpoint-every: 0 steps are too few, it must be at least 1")
+    return Safety(**when, max_skipped=args.max_skipped, patience_s=args.storage_patience)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +153,9 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

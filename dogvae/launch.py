@@ -1,82 +1,153 @@
-"""The only file that talks to Ray Train: the trainer, its progress on the console, and its failures."""
+"""The only file that talks to Ray Train: the trainer, its progress on the console, stopping it, and its failures."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from dogvae.cluster import Workers
-from dogvae.config import Config
-from dogvae.console import Progress, UsageError
+from dogvae.config import Config, Safety
+from dogvae.console import Progress, RunFailed, UsageError
 from dogvae.storage import Storage
 from dogvae.train import Observer, loop
 
 PROGRESS_INTERVAL_S = 0.3
+STOP_INTERVAL_S = 0.5
+GROUP_TIMEOUT_S = 300  # a worker that answers no more for so long is lost; a death is noticed at once
+RESIZE_INTERVAL_S = 20.0  # how often an elastic run looks for more workers
+# How soon Ray Train notices. Its defaults are for jobs of hours: 2 s for a death, 60 s to give up waiting for workers
+# that an elastic run does without, 5 s for a node that will go.
+TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # patched, a worker's line comes out twice
+}
+
+
+class Hub:
+    """An actor beside the driver: events on their way from the workers to it, and its wish to stop on its way back."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[Any, ...]] = []
+        self._stopping = False
+
+    def tell(self, *event: Any) -> None:
+        """Add an event."""
+        self._events.append(event)
+
+    def take(self) -> list[tuple[Any, ...]]:
+        """The events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def stop(self) -> None:
+        """From now on `stopping` is true."""
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Whether the run is to be saved and stopped."""
+        return self._stopping
 
 
 class _RayObserver(Observer):
-    """Sends what rank 0 has to tell to the driver's queue, without ever waiting for it."""
+    """Talks to the hub, without ever waiting for it."""
 
-    def __init__(self, queue: Any, rank: int) -> None:
-        self._queue, self._rank, self._last = queue, rank, 0.0
-
-    def _send(self, kind: str, *payload: Any) -> None:
-        self._queue.actor.put_nowait.remote((kind, *payload))
+    def __init__(self, hub: Any, rank: int) -> None:
+        self._hub, self._rank = hub, rank
+        self._told = self._asked = 0.0
+        self._answer: Any = None
+        self._stopping = False
 
     def progress(self, epoch: int, step: int, steps: int) -> None:
         now = time.monotonic()
-        if now - self._last >= PROGRESS_INTERVAL_S:
-            self._last = now
-            self._send("progress", epoch, step, steps)
+        if now - self._told >= PROGRESS_INTERVAL_S:
+            self._told = now
+            self._hub.tell.remote("progress", epoch, step, steps)
 
     def epoch(self, record: dict[str, Any]) -> None:
         if self._rank == 0:
-            self._send("epoch", record)
+            self._hub.tell.remote("epoch", record)
+
+    def note(self, line: str) -> None:
+        self._hub.tell.remote("note", line)
+
+    def stopping(self) -> bool:
+        import ray
+
+        now = time.monotonic()
+        if self._rank == 0 and self._answer is None and now - self._asked >= STOP_INTERVAL_S:
+            self._asked, self._answer = now, self._hub.stopping.remote()
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._stopping, self._answer = ray.get(self._answer), None
+        return self._stopping
+
+    def preempted(self) -> bool:
+        import ray.train
+
+        return ray.train.get_preemption_info() is not None
 
 
-def _worker(settings: dict[str, Any]) -> str | None:
-    """What every Ray Train worker runs. Returns a user's mistake: raised, it would be tried again and again."""
+def _worker(settings: dict[str, Any]) -> tuple[str, str]:
+    """What every Ray Train worker runs. Returns how it ended: an error that is returned, not raised, is not retried."""
     import ray.train
     import ray.train.torch
 
     torch.set_num_threads(settings["threads"])
-    context = ray.train.get_context()
-    observer = _RayObserver(settings["queue"], context.get_world_rank())
+    observer = _RayObserver(settings["hub"], ray.train.get_context().get_world_rank())
+    device = ray.train.torch.get_device()
     try:
-        loop(settings["config"], Storage(settings["run"]), ray.train.torch.get_device(), observer)
-    except UsageError as mistake:
-        return str(mistake)
-    return None
+        done = loop(settings["config"], Storage(settings["run"]), device, observer, settings["safety"])
+    except UsageError as error:
+        return "mistake", str(error)
+    except RunFailed as error:
+        return "failed", str(error)
+    return ("done" if done else "stopped"), ""
 
 
-def launch(config: Config, storage: Storage, workers: Workers, max_failures: int, verbose: bool) -> None:
-    """Train to the last epoch and show progress; raises what a worker raised if it cannot go on."""
+def launch(
+    config: Config, storage: Storage, workers: Workers, safety: Safety, max_failures: int, verbose: bool
+) -> int | None:
+    """Train to the last epoch and show progress.
+
+    Returns None when it is done, or the signal (SIGINT, SIGTERM) that stopped it after a checkpoint. Raises UsageError
+    and RunFailed as the workers do, and Ray's TrainingFailedError when more than `max_failures` workers were lost.
+    """
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
-    from ray.train.torch import TorchTrainer
-    from ray.util.queue import Queue
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    for name, value in TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    hub: Any = ray.remote(Hub).options(num_cpus=0, scheduling_strategy=here).remote()
 
     class Failures(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            queue.put_nowait(("failure", {rank: _first_line(e) for rank, e in worker_exceptions.items()}))
+            hub.tell.remote("failure", {rank: _first_line(e) for rank, e in worker_exceptions.items()})
 
     head, _, name = storage.uri.rpartition("/")
     # At run time these are Train V2's classes, which keep what the workers return; type checkers see V1's.
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]
-        train_loop_config={"config": config, "run": storage.uri, "queue": queue, "threads": workers.cpus},
-        scaling_config=ScalingConfig(
-            num_workers=workers.count,
+        train_loop_config={
+            "config": config, "run": storage.uri, "hub": hub, "threads": workers.cpus, "safety": safety,
+        },
+        torch_config=TorchConfig(timeout_s=GROUP_TIMEOUT_S),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=workers.count,  # type: ignore[arg-type]
             use_gpu=workers.gpu,
             resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if workers.gpu else {}),
+            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=name,
@@ -85,7 +156,7 @@ def launch(config: Config, storage: Storage, workers: Workers, max_failures: int
             callbacks=[Failures()],  # type: ignore[list-item]
             logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
         ),
-    )
+    )  # fmt: skip
     fit: Future[Any] = Future()
 
     def run() -> None:
@@ -94,27 +165,47 @@ def launch(config: Config, storage: Storage, workers: Workers, max_failures: int
         except BaseException as error:  # noqa: BLE001  (the main thread raises it)
             fit.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()  # a daemon: Ctrl-C must not wait for it
-    _show(queue, fit, config, max_failures)
-    queue.shutdown()
-    if mistake := fit.result().return_value:
-        raise UsageError(mistake)
+    with _signals() as received, Progress("training", plain_interval_s=60) as line:
+        threading.Thread(target=run, daemon=True).start()  # a daemon: a second Ctrl-C does not wait for it
+        _watch(hub, fit, received, line, config, max_failures)
+    how, message = fit.result().return_value
+    if how == "mistake":
+        raise UsageError(message)
+    if how == "failed":
+        raise RunFailed(message)
+    return received[0] if how == "stopped" else None
 
 
-def _show(queue: Any, fit: Future[Any], config: Config, max_failures: int) -> None:
-    """Draw what the workers send until the trainer has ended and everything is drawn."""
-    from ray.util.queue import Empty
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The stop signals received meanwhile; the first is only noted, the second ends the program at once."""
+    received: list[int] = []
 
-    last = ""
-    with Progress("training", plain_interval_s=60) as line:
-        while True:
-            ended = fit.done()
-            try:
-                kind, *payload = queue.get(timeout=0.5)
-            except Empty:
-                if ended:
-                    return
-                continue
+    def note(signum: int, frame: Any) -> None:
+        received.append(signum)
+        if len(received) > 1:
+            raise SystemExit(128 + signum)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _watch(hub: Any, fit: Future[Any], received: list[int], line: Progress, config: Config, max_failures: int) -> None:
+    """Show what the workers tell until the trainer has ended and everything is shown; pass a signal on to them."""
+    import ray
+
+    last, stopping = "", False
+    while True:
+        if received and not stopping:
+            stopping = True
+            hub.stop.remote()
+            line.note("stopping after a checkpoint; once more stops at once")
+        ended = fit.done()
+        for kind, *payload in ray.get(hub.take.remote()):
             if kind == "progress":
                 epoch, step, steps = payload
                 line.update(epoch + step / steps, config.epochs, f"epoch {epoch + 1}/{config.epochs} {last}")
@@ -123,11 +214,15 @@ def _show(queue: Any, fit: Future[Any], config: Config, max_failures: int) -> No
                 last = describe(record)
                 done = record["epoch"] + 1
                 line.update(done, config.epochs, f"epoch {done}/{config.epochs} {last}", milestone=True)
+            elif kind == "note":
+                line.note(*payload)
             else:
                 (failures,) = payload
-                for rank, message in failures.items():
-                    line.note(f"worker {rank} failed: {message}")
-                line.note(f"going on from the last checkpoint (at most {max_failures} times: --max-failures)")
+                lost = "; ".join(f"worker {rank}: {message}" for rank, message in failures.items())
+                line.note(f"{lost}. Going on from the last checkpoint (--max-failures {max_failures})")
+        if ended:
+            return
+        time.sleep(0.2)
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -140,5 +235,5 @@ def describe(record: dict[str, Any]) -> str:
 
 def _first_line(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return f"{type(cause).__name__}: {lines[-1] if 'Traceback' in lines[0] else lines[0]}"
+    lines = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {lines[-1] if 'Traceback' in lines[0] else lines[0]}".strip(": ")

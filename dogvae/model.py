@@ -21,12 +21,12 @@ LOGVAR_BOUND = 10.0  # |log variance| of the default posterior: exp() of it is f
 GROUP_CHANNELS = 8  # channels that share their statistics under group norm
 
 
-# Brightness, red against blue, green against magenta: nearly what principal components of photos' colours are (Ohta,
-# Kanade & Sakai 1980). Rows are orthonormal. In RGB, colour is a small difference of three large numbers; a network
-# that sees and draws RGB learns brightness first and then, for a long time, no colour at all.
+# Brightness, red against blue, green against magenta: nearly the principal components of photos' colours (Ohta, Kanade
+# & Sakai 1980). Rows are orthonormal. In RGB, colour is a small difference of three large numbers: a network that draws
+# RGB learns brightness first and then, for a long time, no colour at all (docs/quality.md).
 OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
 OPPONENT = OPPONENT / OPPONENT.norm(dim=1, keepdim=True)
-OPPONENT_SCALE = torch.tensor([2.0, 8.0, 16.0])  # about 1 / standard deviation of each in photos
+OPPONENT_SCALE = torch.tensor([1.0, 0.5, 0.5])  # of the decoder's output: colours vary less than brightness
 
 
 def _norm(config: ModelConfig, channels: int) -> nn.Module:
@@ -69,8 +69,6 @@ class Encoder(nn.Module):
 
     def forward(self, x_bchw: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, in fp32."""
-        if not self.notebook:
-            x_bchw = _mix(x_bchw - 0.5, OPPONENT * OPPONENT_SCALE[:, None])
         mu, logvar = self.layers(x_bchw).float().chunk(2, dim=1)
         if not self.notebook:
             logvar = LOGVAR_BOUND * torch.tanh(logvar / LOGVAR_BOUND)
@@ -100,7 +98,7 @@ class Decoder(nn.Module):
         """Logits of the pixels."""
         if self.notebook:
             return self.layers(z_bchw)
-        return _mix(self.layers(z_bchw), OPPONENT.T)
+        return _mix(self.layers(z_bchw), OPPONENT.T * OPPONENT_SCALE)
 
 
 def _mix(x_bchw: Tensor, matrix: Tensor) -> Tensor:

@@ -1,38 +1,35 @@
-"""The training step, the validation, and the loop over epochs. Knows torch.distributed, but nothing of Ray.
+"""The loop over steps and epochs, on every rank: going on from a checkpoint, saving, stopping, and bad days.
 
-Every random draw comes from (seed, epoch, step) and is made for the global batch, of which each rank takes its slice:
-neither an interruption nor the number of workers changes what is computed.
+Knows torch.distributed, but nothing of Ray: what is outside is an `Observer`.
 """
 
 from __future__ import annotations
 
-import copy
-import math
+import shutil
+import socket
 import time
+import uuid
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from dogvae import loss, metrics, pictures
-from dogvae.augment import augment, draws
-from dogvae.checkpoint import Checkpoints
-from dogvae.config import Config
-from dogvae.console import UsageError
-from dogvae.dataset import Batches, Dataset, Split, epoch_order, grey_levels, moments, random_words, rank_slice
-from dogvae.model import VAE
+from dogvae.checkpoint import KEEP_LATEST, Checkpoint, Checkpoints
+from dogvae.config import Config, Safety
+from dogvae.console import RunFailed, UsageError
+from dogvae.dataset import Batches, Dataset, epoch_order, rank_slice
+from dogvae.evaluate import baselines, evaluate
+from dogvae.step import Trainer, beta_at, lr_at
 from dogvae.storage import Storage
 
-VAL_SAMPLES = 4  # posterior samples in validation, whatever a run trains with: any two runs compare
-VAL_CHUNK = 32  # images validated at once; fixed, so that every world size computes the same numbers
-ACTIVE_VARIANCE = 0.01  # Burda, Grosse & Salakhutdinov 2016: a latent is active if its mean varies more than this
 PICTURES = 10  # how often over a run pictures go to TensorBoard
-NOISE, VALIDATION = 2, 3  # what a draw is for, so that no two purposes share their random numbers (1: augmentation)
-
+POLL_STEPS_CUDA = 8  # steps between two looks at what is wanted; each makes the host wait for the GPU
+PREEMPTION_INTERVAL_S = 1.0
 
 T = TypeVar("T")
 
@@ -46,311 +43,269 @@ class Observer:
     def epoch(self, record: dict[str, Any]) -> None:
         """Every rank, after each epoch: its record, the same on all ranks."""
 
+    def note(self, line: str) -> None:
+        """Rank 0: something that went wrong, or well again, without stopping the run."""
 
-class Trainer:
-    """The model, its optimiser and its averaged weights on one rank, and one step of training."""
+    def stopping(self) -> bool:
+        """Any rank, before each step: whether to save and stop. Must be cheap."""
+        return False
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        torch.manual_seed(config.seed)  # every rank starts from the same weights, at every world size
-        self.model = VAE(config.model).to(device)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
-        if device.type == "cuda":
-            self.model = self.model.to(memory_format=torch.channels_last)
-        self.net: Any = self.model
-        if self.world_size > 1:
-            devices = [device] if device.type == "cuda" else None
-            self.net = DistributedDataParallel(self.model, device_ids=devices)
-        self.parameters = dict(self.model.named_parameters())
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.lr, fused=True)
-        self.bf16 = config.precision == "bf16" or (
-            config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
-        self.noise = torch.Generator(device)
-        # Of this epoch on this rank, over the steps that were not skipped: images, loss, reconstruction and KL in nats,
-        # gradient norms; and how many steps were skipped.
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
-
-    def step(self, images: Tensor, n: int, epoch: int, step: int, steps: int) -> None:
-        """One step on this rank's slice, uint8 (b, 3, h, h), of a global batch of `n` images; `steps` make an epoch."""
-        config, device = self.config, self.device
-        mine = rank_slice(n, self.rank, self.world_size)
-        x = images.float() / 255
-        if config.augment:
-            flip, degrees = (torch.from_numpy(a[mine]).to(device) for a in draws(n, config.seed, epoch, step))
-            x = augment(x, flip, degrees)
-        if device.type == "cuda":
-            x = x.to(memory_format=torch.channels_last)
-        self.noise.manual_seed(int(random_words(1, config.seed, epoch, step, NOISE)[0] >> 1))
-        noise = torch.randn((config.samples, n, *self.model.latent_shape), generator=self.noise, device=device)
-        # Batch norm takes its statistics in passing: should the step be skipped, they are put back.
-        before = [buffer.clone() for buffer in self.model.buffers()]
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            logits, mu, logvar = self.net(x, noise[:, mine])
-        reconstruction = loss.reconstruction(config.model.likelihood, logits, x, self.model.log_scale)
-        kl = loss.kl(mu, logvar)
-        beta = beta_at(config, epoch + step / steps)
-        objective = self._objective(reconstruction.sum(), kl.sum(), beta, n)
-        self.optimizer.zero_grad(set_to_none=True)
-        # DDP averages over ranks: times their number, the slices' sums add up to the mean over the global batch.
-        (objective * self.world_size).backward()
-        skipped, norm = self._update(lr_at(config, epoch + step / steps), epoch * steps + step, before)
-        nats = torch.stack([reconstruction.sum() + beta * kl.sum(), reconstruction.sum(), kl.sum()]).detach().double()
-        images_nats_norm = torch.cat([nats.new_tensor([len(x)]), nats, norm.double()[None]])
-        taken = torch.where(skipped > 0, torch.zeros_like(images_nats_norm), images_nats_norm)
-        self.sums += torch.cat([taken, skipped.double()[None]])
-
-    def _objective(self, reconstruction: Tensor, kl: Tensor, beta: float, n: int) -> Tensor:
-        """This rank's part of the loss of a global batch of `n` images, from sums over its own images."""
-        if self.config.loss_scale == "image":
-            return (reconstruction + beta * kl) / n
-        # The notebook: cross-entropy averaged over the pixels there are, KL over those of a full batch.
-        pixels = 3 * self.config.model.image_size**2
-        return reconstruction / (n * pixels) + beta * kl / (self.config.batch_size * pixels)
-
-    def _update(self, lr: float, number: int, before: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Apply the gradients of step `number` of the run, unless they are not finite: then nothing changes, and the
-        buffers are again what they were `before`. Returns whether it was skipped (1. or 0.) and the gradients' norm.
-        """
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.config.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
-        skipped = (~torch.isfinite(norm)).float()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # The fused Adam leaves weights and moments alone where `found_inf` is 1, without asking the device first.
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        self.optimizer.step()
-        for buffer, old in zip(self.model.buffers(), before, strict=True):
-            buffer.copy_(torch.where(skipped > 0, old, buffer))
-        if self.ema is not None:
-            # Early on the average is short, or it would remember the random weights it started from.
-            decay = min(self.config.ema, (1 + number) / (10 + number))
-            averaged: list[Tensor] = list(self.ema.parameters())
-            steps = torch._foreach_sub([p.detach() for p in self.parameters.values()], averaged)
-            torch._foreach_mul_(steps, (1 - skipped) * (1 - decay))
-            torch._foreach_add_(averaged, steps)
-            for mean, value in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-                mean.copy_(value)
-        return skipped, norm
-
-    @property
-    def judged(self) -> VAE:
-        """The model that is validated and exported: the averaged weights if there are any."""
-        return self.ema or self.model
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors of the training state, by names that do not depend on the world size."""
-        tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
-        if self.ema is not None:
-            tensors |= {f"ema/{name}": t for name, t in self.ema.state_dict().items()}
-        for name, p in self.parameters.items():
-            tensors |= {f"adam/{key}/{name}": t for key, t in self.optimizer.state.get(p, {}).items()}
-        return tensors
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        self.model.load_state_dict(part(tensors, "model"))
-        if self.ema is not None:
-            self.ema.load_state_dict(part(tensors, "ema"))
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            for name, tensor in part(tensors, f"adam/{key}").items():
-                self.optimizer.state[self.parameters[name]][key] = tensor.to(self.device, copy=True)
+    def preempted(self) -> bool:
+        """All ranks together, now and then: whether a node is about to go."""
+        return False
 
 
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors below a prefix, without it."""
-    return {name.removeprefix(prefix + "/"): t for name, t in tensors.items() if name.startswith(prefix + "/")}
+def loop(
+    config: Config, storage: Storage, device: torch.device, observer: Observer, safety: Safety | None = None
+) -> bool:
+    """Train from the latest checkpoint in `storage`, or from the start. Every rank calls it.
 
-
-def lr_at(config: Config, epoch: float) -> float:
-    """Learning rate at a moment of training, in epochs: linear warm-up, then constant or half a cosine down to 1%."""
-    if epoch < config.lr_warmup:
-        return config.lr * (epoch + 0.01) / (config.lr_warmup + 0.01)
-    if config.schedule == "constant":
-        return config.lr
-    share = (epoch - config.lr_warmup) / max(config.epochs - config.lr_warmup, 1e-9)
-    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
-
-
-def beta_at(config: Config, epoch: float) -> float:
-    """Weight of the KL term at a moment of training, in epochs: linear from 0 over the warm-up."""
-    return config.beta * min(1.0, epoch / config.kl_warmup) if config.kl_warmup else config.beta
-
-
-@torch.inference_mode()
-def evaluate(model: VAE, split: Split, device: torch.device, rank: int = 0, world_size: int = 1) -> dict[str, float]:
-    """Exact validation: the mean over all images of the split, the same number at every world size.
-
-    The negative ELBO (beta 1, `VAL_SAMPLES` samples, fixed noise), its two terms, PSNR of the posterior mean's decoding
-    (dB, mean over images) and the number of active latents. Every rank must call it; all get the result.
+    Returns whether the last epoch is done; False if the observer wanted to stop, and a checkpoint is saved. Raises
+    UsageError for what the user can mend, and RunFailed if it makes no sense to go on, the same on all ranks.
     """
-    model.eval()
-    n, latents = len(split), math.prod(model.latent_shape)
-    chunks = [np.arange(start, min(start + VAL_CHUNK, n)) for start in range(0, n, VAL_CHUNK)]
-    table = torch.zeros(len(chunks), 3 + 2 * latents, dtype=torch.float64, device=device)
-    mine = range(rank, len(chunks), world_size)
-    for c, images in zip(mine, Batches(split, device)([chunks[c] for c in mine]), strict=True):
-        x = images.float() / 255
-        noise = pictures.normal((VAL_SAMPLES, len(x), *model.latent_shape), int(random_words(1, c, VALIDATION)[0] >> 1))
-        logits, mu, logvar = model(x, noise.to(device))
-        table[c, 0] = loss.reconstruction(model.config.likelihood, logits, x, model.log_scale).double().sum()
-        table[c, 1] = loss.kl(mu, logvar).double().sum()
-        table[c, 2] = loss.psnr(model.decode_mean(mu), x).double().sum()
-        means = mu.flatten(1).double()
-        table[c, 3:] = torch.cat([means.sum(0), means.square().sum(0)])
-    if world_size > 1:
-        dist.all_reduce(table)  # each row comes from one rank, the others add zeros: the sum is exact
-    sums = table.sum(dim=0).cpu() / n
-    variance = sums[3 + latents :] - sums[3 : 3 + latents].square()
-    model.train()
-    return {
-        "loss": float(sums[0] + sums[1]),
-        "reconstruction": float(sums[0]),
-        "kl": float(sums[1]),
-        "psnr": float(sums[2]),
-        "active_latents": int((variance > ACTIVE_VARIANCE).sum()),
-    }
+    return _Run(config, storage, device, observer, safety or Safety()).train()
 
 
-def baselines(likelihood: str, dataset: Dataset) -> tuple[float, float]:
-    """(floor, mean): the least possible reconstruction term on validation, and the mean training image's."""
-    floor = float(grey_levels(dataset.val) @ loss.floor_table(likelihood)) / len(dataset.val)
-    return floor, loss.flat_score(likelihood, moments(dataset.train)[0], *moments(dataset.val))
+class _Run:
+    """A run on one rank: its state, and where in it training is (`meta`: epoch, step over all epochs, seconds)."""
+
+    def __init__(
+        self, config: Config, storage: Storage, device: torch.device, observer: Observer, safety: Safety
+    ) -> None:
+        self.config, self.observer, self.safety = config, observer, safety
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.dataset = _together(self._open_data)
+        self.steps = -(-len(self.dataset.train) // config.batch_size)  # of an epoch
+        self.trainer = Trainer(config, device)
+        _check_storage(storage, self.rank, self.world_size, 4 * self.trainer.nbytes)
+        self.checkpoints = Checkpoints(storage, observer.note, safety.patience_s)
+        saved = _agree(_together(self._latest))
+        self.meta: dict[str, Any] = {"epoch": 0, "step": 0, "seconds": 0.0, "baselines": None}
+        if saved is not None:
+            self.trainer.load(saved.tensors, with_sums=self.rank == 0)
+            self.meta = saved.meta
+        if self.meta["baselines"] is None:
+            self.meta["baselines"] = _agree(
+                baselines(config.model.likelihood, self.dataset) if self.rank == 0 else None
+            )
+        self.recorder = metrics.Recorder(storage, self.meta["epoch"], observer.note) if self.rank == 0 else None
+        self.saved_at = self.asked_at = time.monotonic()
+        self.endangered = False
+
+    def train(self) -> bool:
+        """See `loop`."""
+        try:
+            while self.meta["epoch"] < self.config.epochs:
+                record = self._epoch()
+                if record is None:
+                    self.checkpoints.wait()
+                    return False
+                self.observer.epoch(record)
+            self.checkpoints.wait()
+            return True
+        finally:
+            if self.recorder:
+                self.recorder.close()
+
+    def _open_data(self) -> Dataset:
+        dataset = Dataset(self.config.data)
+        if dataset.fingerprint != self.config.fingerprint:
+            raise UsageError(f"--data: {self.config.data} has changed since this run began (its fingerprint differs)")
+        dataset.verify(self.rank, self.world_size)
+        return dataset
+
+    def _latest(self) -> Checkpoint | None:
+        saved = self.checkpoints.latest() if self.rank == 0 else None
+        if saved is not None:
+            was, now = Config.make_nested(saved.meta["config"]).flat(), self.config.flat()
+            differs = [f"{name} {was[name]}, not {now[name]}" for name in now if was[name] != now[name]]
+            differs = [text for text in differs if text.split()[0] not in ("epochs", "data")]
+            if differs:
+                raise UsageError(f"--resume: the checkpoint is of another run: it has {'; '.join(differs)}")
+        return saved
+
+    def _epoch(self) -> dict[str, Any] | None:
+        """The rest of an epoch, its validation and its checkpoint; returns its record, or None to stop within it."""
+        trainer, config, epoch = self.trainer, self.config, self.meta["epoch"]
+        order = epoch_order(len(self.dataset.train), config.seed, epoch)
+        batches = [order[i * config.batch_size : (i + 1) * config.batch_size] for i in range(self.steps)]
+        first = self.meta["step"] - epoch * self.steps
+        mine = [batch[rank_slice(len(batch), self.rank, self.world_size)] for batch in batches[first:]]
+        seconds, began, waited = self.meta["seconds"], time.perf_counter(), 0.0
+        images = Batches(self.dataset.train, trainer.device)(mine)
+        trainer.net.train()
+        for step in range(first, self.steps):
+            asked = time.perf_counter()
+            batch = next(images)
+            waited += time.perf_counter() - asked
+            trainer.step(batch, len(batches[step]), epoch, step, self.steps)
+            self.meta = {**self.meta, "step": epoch * self.steps + step + 1}
+            self.meta["seconds"] = seconds + time.perf_counter() - began
+            if self.rank == 0:
+                self.observer.progress(epoch, step + 1, self.steps)
+            if self._poll():
+                return None
+        trained = time.perf_counter() - began
+        sums = _total(trainer.sums)
+        val = evaluate(trainer.judged, self.dataset.val, trainer.device, self.rank, self.world_size)
+        self._check_drift()
+        sums[4:] /= self.world_size  # gradient norm and skipped steps are the same on all ranks
+        norm, skipped = sums[4:].tolist()
+        train_loss, train_reconstruction, train_kl = (sums[1:4] / sums[0]).tolist()
+        last = epoch + (self.steps - 1) / self.steps
+        record = {
+            "epoch": epoch,
+            "step": (epoch + 1) * self.steps,
+            "train_loss": train_loss,
+            "train_reconstruction": train_reconstruction,
+            "train_kl": train_kl,
+            **{f"val_{name}": value for name, value in val.items()},
+            "val_explained": loss.explained(val["loss"], *self.meta["baselines"]),
+            "val_loss_per_pixel": val["loss"] / (3 * config.model.image_size**2),
+            "lr": lr_at(config, last),
+            "beta": beta_at(config, last),
+            "gradient_norm": norm / max(1, self.steps - skipped),
+            "skipped_steps": int(skipped),
+            "images_per_s": sum(map(len, batches[first:])) / trained,
+            "data_wait": waited / trained,
+            "world_size": self.world_size,
+            "seconds": seconds + time.perf_counter() - began,
+        }
+        trainer.sums.zero_()
+        self.meta |= {"epoch": epoch + 1, "seconds": record["seconds"], "val_loss": val["loss"], "metrics": record}
+        if self.recorder:
+            shown = epoch % max(1, config.epochs // PICTURES) == 0 or epoch == config.epochs - 1
+            self.recorder.record(record, self._pictures() if shown else {})
+        self._save()
+        self.meta |= {"val_loss": None, "metrics": None}  # they are this checkpoint's, not those within the next epoch
+        return record
+
+    def _poll(self) -> bool:
+        """Between two steps: save if it is time, look for bad numbers and leaving nodes; returns whether to stop."""
+        step = self.meta["step"]
+        scheduled = bool(self.safety.checkpoint_steps) and step % self.safety.checkpoint_steps == 0
+        if self.trainer.device.type == "cuda" and not self.endangered and not scheduled and step % POLL_STEPS_CUDA:
+            return False
+        now = time.monotonic()
+        due = self.rank == 0 and not self.safety.checkpoint_steps and now - self.saved_at >= self.safety.checkpoint_s
+        ask = self.rank == 0 and now - self.asked_at >= PREEMPTION_INTERVAL_S
+        wishes = torch.tensor([self.observer.stopping(), due, ask], dtype=torch.int32, device=self.trainer.device)
+        if self.world_size > 1:
+            dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        stop, due, ask = map(bool, wishes.tolist())
+        self._check_numbers()
+        if ask:
+            self.asked_at = now
+            if self.observer.preempted() and not self.endangered:
+                self.endangered = True
+                if self.rank == 0:
+                    self.observer.note("a node is about to go: saving a checkpoint after every step")
+        if stop or due or scheduled or self.endangered:
+            self._save()
+        return stop
+
+    def _save(self) -> None:
+        """Save the state as it is; every rank must call it."""
+        sums = _total(self.trainer.sums)
+        if self.rank == 0:
+            self.saved_at = time.monotonic()
+            sums[4:] /= self.world_size
+            about = {"config": self.config.to_dict(), "fingerprint": self.config.fingerprint}
+            self.checkpoints.save({**self.trainer.state(), "sums": sums}, {**self.meta, **about})
+        _together(self.checkpoints.check)
+
+    def _check_numbers(self) -> None:
+        if int(self.trainer.streak) >= self.safety.max_skipped:
+            epoch, step = self.meta["epoch"], self.meta["step"]
+            good = self.checkpoints.last_step
+            raise RunFailed(
+                f"epoch {epoch + 1}, step {step}: the gradients of {self.safety.max_skipped} steps in a row were not "
+                f"finite, at learning rate {lr_at(self.config, step / self.steps):.2g}; the last good checkpoint is of "
+                f"step {good}. Try a lower --lr, or --grad-clip"
+            )
+
+    def _check_drift(self) -> None:
+        """Every rank has the same weights, or something is broken that no checkpoint should keep."""
+        if self.world_size == 1:
+            return
+        digest = 0
+        for p in self.trainer.parameters.values():
+            digest = zlib.crc32(p.detach().cpu().contiguous().numpy().data, digest)
+        digests: list[Any] = [None] * self.world_size
+        dist.all_gather_object(digests, digest)
+        if len(set(digests)) > 1:
+            raise RunFailed(f"epoch {self.meta['epoch'] + 1}: the workers' weights have drifted apart")
+
+    @torch.inference_mode()
+    def _pictures(self) -> dict[str, np.ndarray]:
+        photos = self.dataset.val.gather(np.arange(min(8, len(self.dataset.val))))
+        model = self.trainer.judged.eval()
+        try:
+            return pictures.standard(model, photos, self.trainer.device)
+        finally:
+            model.train()
 
 
-def open_data(config: Config) -> Dataset:
-    """The run's dataset; UsageError if it is not the one that the run began with."""
-    dataset = Dataset(config.data)
-    if dataset.fingerprint != config.fingerprint:
-        raise UsageError(f"--data: {config.data} has changed since this run began (its fingerprint differs)")
-    return dataset
+def _check_storage(storage: Storage, rank: int, world_size: int, need: int) -> None:
+    """UsageError on all ranks if one cannot write to the storage or does not see what the others write there."""
+    token = _agree(uuid.uuid4().hex if rank == 0 else None)
+    host = socket.gethostname()
 
+    def write() -> None:
+        try:
+            storage.write(f".probe-{token}-{rank}", host.encode())
+            free = shutil.disk_usage(storage.local).free if storage.local else need
+        except OSError as error:
+            raise UsageError(f"--runs: {storage.uri} cannot be written to from {host}: {error}") from error
+        if free < need * (KEEP_LATEST + 2):
+            mb = (need * (KEEP_LATEST + 2)) >> 20
+            raise UsageError(f"--runs: {storage.uri} has {free >> 20} MB free, the checkpoints need {mb} MB")
 
-def loop(config: Config, storage: Storage, device: torch.device, observer: Observer) -> None:
-    """Train from the latest checkpoint in `storage`, or from the start, to the last epoch. Every rank calls it."""
-    dataset = _together(lambda: open_data(config))
-    trainer = Trainer(config, device)
-    rank, world_size = trainer.rank, trainer.world_size
-    checkpoints = Checkpoints(storage)
-    saved = _agree(checkpoints.latest() if rank == 0 else None, world_size)
-    meta: dict[str, Any] = {"epoch": 0, "step": 0, "seconds": 0.0, "baselines": None}
-    if saved is not None:
-        trainer.load(saved.tensors)
-        meta = saved.meta
-        if rank == 0:
-            trainer.sums.copy_(saved.tensors["sums"])
-    if meta["baselines"] is None:
-        meta["baselines"] = _agree(baselines(config.model.likelihood, dataset) if rank == 0 else None, world_size)
-    recorder = metrics.Recorder(storage, meta["epoch"]) if rank == 0 else None
+    def read() -> None:
+        try:
+            for other in range(world_size):
+                storage.read(f".probe-{token}-{other}")
+        except OSError as error:
+            raise UsageError(
+                f"--runs: {host} does not see in {storage.uri} what another worker wrote there: it must be storage "
+                "that all nodes share"
+            ) from error
+
     try:
-        for epoch in range(meta["epoch"], config.epochs):
-            meta, record = _epoch(trainer, dataset, epoch, meta, checkpoints, observer)
-            if recorder:
-                every = max(1, config.epochs // PICTURES)
-                shown = epoch % every == 0 or epoch == config.epochs - 1
-                photos = dataset.val.gather(np.arange(min(8, len(dataset.val))))
-                recorder.record(record, _pictures(trainer.judged, photos, device) if shown else {})
-                checkpoints.save({**trainer.state(), "sums": trainer.sums}, meta)
-            observer.epoch(record)
-        checkpoints.wait()
+        _together(write)
+        _together(read)
     finally:
-        if recorder:
-            recorder.close()
+        with suppress(OSError):  # what made the check fail may make this fail; that error is the one to tell
+            storage.delete(f".probe-{token}-{rank}")
 
 
-def _epoch(
-    trainer: Trainer, dataset: Dataset, epoch: int, meta: dict[str, Any], checkpoints: Checkpoints, observer: Observer
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The rest of an epoch and its validation: what a checkpoint says of it, and its record."""
-    config, n, rank, world_size = trainer.config, len(dataset.train), trainer.rank, trainer.world_size
-    steps = -(-n // config.batch_size)
-    order = epoch_order(n, config.seed, epoch)
-    globals_ = [order[i * config.batch_size : (i + 1) * config.batch_size] for i in range(steps)]
-    first = meta["step"] - epoch * steps
-    mine = [batch[rank_slice(len(batch), rank, world_size)] for batch in globals_[first:]]
-    began, waited = time.perf_counter(), 0.0
-    trainer.net.train()
-    batches = Batches(dataset.train, trainer.device)(mine)
-    for step in range(first, steps):
-        asked = time.perf_counter()
-        images = next(batches)
-        waited += time.perf_counter() - asked
-        trainer.step(images, len(globals_[step]), epoch, step, steps)
-        if rank == 0:
-            observer.progress(epoch, step + 1, steps)
-    sums = trainer.sums.clone()
-    if world_size > 1:
-        dist.all_reduce(sums)
-    sums[4:] /= world_size  # gradient norm and skipped steps are the same on all ranks
-    trained = time.perf_counter() - began
-    val = evaluate(trainer.judged, dataset.val, trainer.device, rank, world_size)
-    trainer.sums.zero_()
-    seconds = meta["seconds"] + time.perf_counter() - began
-    floor, mean = meta["baselines"]
-    norm, skipped = sums[4:].tolist()
-    total, reconstruction, kl = (sums[1:4] / sums[0]).tolist()
-    record = {
-        "epoch": epoch,
-        "step": (epoch + 1) * steps,
-        "train_loss": total,
-        "train_reconstruction": reconstruction,
-        "train_kl": kl,
-        **{f"val_{name}": value for name, value in val.items()},
-        "val_explained": loss.explained(val["loss"], floor, mean),
-        "val_loss_per_pixel": val["loss"] / (3 * config.model.image_size**2),
-        "lr": lr_at(config, epoch + (steps - 1) / steps),
-        "beta": beta_at(config, epoch + (steps - 1) / steps),
-        "gradient_norm": norm / max(1, steps - skipped),
-        "skipped_steps": int(skipped),
-        "images_per_s": sum(map(len, globals_[first:])) / trained,
-        "data_wait": waited / trained,
-        "world_size": world_size,
-        "seconds": seconds,
-    }
-    after = {
-        **meta,
-        "epoch": epoch + 1,
-        "step": record["step"],
-        "seconds": seconds,
-        "val_loss": val["loss"],
-        "metrics": record,
-        "config": config.to_dict(),
-        "fingerprint": dataset.fingerprint,
-    }
-    return after, record
-
-
-@torch.inference_mode()
-def _pictures(model: VAE, photos: Tensor, device: torch.device) -> dict[str, np.ndarray]:
-    model.eval()
-    try:
-        return pictures.standard(model, photos, device)
-    finally:
-        model.train()
+def _total(x: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks."""
+    total = x.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
 
 
 def _together(action: Callable[[], T]) -> T:
-    """Run an action on every rank; a user's mistake that shows on one of them is raised on all, so that none waits."""
+    """Run an action on every rank; an error for the user on one of them is raised on all, so that none waits."""
     result, problem = None, None
     try:
         result = action()
-    except UsageError as error:
-        problem = str(error)
+    except (UsageError, RunFailed) as error:
+        problem = error
     problems = [problem]
     if dist.is_initialized():
         problems = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
     if first := next(filter(None, problems), None):
-        raise UsageError(first)
+        raise first
     return cast(T, result)
 
 
-def _agree(value: Any, world_size: int) -> Any:
+def _agree(value: T) -> T:
     """Rank 0's value, on every rank."""
-    if world_size == 1:
+    if not dist.is_initialized():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)

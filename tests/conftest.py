@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 WriteDataset = Callable[..., Path]
 
@@ -55,3 +58,12 @@ def write_dataset(tmp_path: Path) -> WriteDataset:
         return folder
 
     return write
+
+
+def start_ranks(work: Callable[..., None], world_size: int, *args: Any) -> None:
+    """Run `work(rank, *args)` in a process for each rank, and wait for all; raises what one of them raised."""
+    # Forked from a clean server, which alone imports torch, and what its first backward pass imports.
+    multiprocessing.set_forkserver_preload(
+        ["pytest", "torch.distributed", "torch.fx.experimental.symbolic_shapes", "dogvae.train", "tensorboardX"]
+    )
+    mp.start_processes(work, args, nprocs=world_size, start_method="forkserver")

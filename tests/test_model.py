@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dogvae.config import Config, ModelConfig
 from dogvae.dataset import random_words
 from dogvae.model import VAE
-from dogvae.train import Trainer
+from dogvae.step import Trainer
 
 CPU = torch.device("cpu")
 

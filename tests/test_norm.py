@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from dogvae.norm import SyncBatchNorm
+from tests.conftest import start_ranks
 
 CHANNELS = 4
 STEPS = 3  # so that running statistics are updated more than once
@@ -77,9 +76,7 @@ def work(rank: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[Any, Any]]]:
     """By world size, what each rank found. One set of processes for all cases: starting them is what takes long."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    # Forked from a clean server, which alone imports torch, and what its first backward pass imports.
-    multiprocessing.set_forkserver_preload(["pytest", "torch.distributed", "torch.fx.experimental.symbolic_shapes"])
-    mp.start_processes(work, (str(folder),), nprocs=3, start_method="forkserver")
+    start_ranks(work, 3, str(folder))
     return {world: [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)] for world in SLICES}
 
 

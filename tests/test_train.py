@@ -18,9 +18,10 @@ from dogvae.augment import augment, draws
 from dogvae.checkpoint import Checkpoints
 from dogvae.config import Config
 from dogvae.dataset import Dataset, Split, random_words
+from dogvae.evaluate import baselines, evaluate
 from dogvae.model import VAE
+from dogvae.step import Trainer, beta_at, lr_at
 from dogvae.storage import Storage
-from dogvae.train import Trainer, baselines, beta_at, evaluate, lr_at
 
 CPU = torch.device("cpu")
 Writer = Callable[..., Path]

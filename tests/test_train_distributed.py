@@ -83,7 +83,7 @@ def test_export_is_the_best_checkpoint(trained: Path) -> None:
     import torch
 
     from dogvae.dataset import Dataset
-    from dogvae.train import evaluate
+    from dogvae.evaluate import evaluate
 
     run = trained / "runs/one"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -139,7 +139,7 @@ def test_finished_run_says_so(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--name", "one", "--resume", "--lr", "0.5"], ["--lr", "0.003", "0.5"]),
+        (["--name", "one", "--resume", "--lr", "0.5"], ["--lr", "0.002", "0.5"]),
         (["--name", "nobody", "--resume"], ["--resume", "nobody"]),
         (["--resume"], ["--resume", "--name"]),
         (["--name", "../x"], ["--name", "../x"]),
@@ -149,7 +149,7 @@ def test_finished_run_says_so(trained: Path) -> None:
         (["--lr", "nan"], ["--lr"]),
         (["--preset", "huge"], ["--preset", "notebook"]),
         (["--gpus", "1", "--cpus", "1"], ["--gpus", "--cpus"]),
-        (["--gpus", "0"], ["--gpus"]),
+        (["--gpus", "0"], ["--gpus", "2:4"]),
         (["--val-fraction", "1"], ["--val-fraction"]),
         (["--crop", "round"], ["--crop", "box"]),
         (["--latent", "3"], ["--latent"]),

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dogvae.config import Config
 from dogvae.dataset import Dataset, epoch_order
 from dogvae.drawn import draw
+from dogvae.evaluate import evaluate
 from dogvae.shards import Row, write_dataset
+from dogvae.step import Trainer
 from dogvae.storage import Storage
-from dogvae.train import Observer, Trainer, evaluate, loop
+from dogvae.train import Observer, loop
+from tests.conftest import start_ranks
 
 SIZE, TRAIN, VAL, BATCH = 32, 61, 40, 12  # 61 = 5 x 12 + 1: the last batch leaves all ranks but one without an image
 
@@ -63,7 +65,7 @@ def train(world_size: int, config: Config, out: Path) -> tuple[list[dict[str, An
     if world_size == 1:
         _train(0, 1, config, str(out))
     else:
-        mp.spawn(_train, (world_size, config, str(out)), world_size)
+        start_ranks(_train, world_size, world_size, config, str(out))
     seen = [json.loads(Path(f"{out}.seen{rank}").read_text()) for rank in range(world_size)]
     batches = [[image for part in parts for image in part] for parts in zip(*seen, strict=True)]
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], batches
@@ -114,6 +116,6 @@ def test_validation_is_the_same_number_on_1_2_and_4_workers(
     torch.set_num_threads(threads)
     for world_size in (2, 4):
         out = str(tmp_path / str(world_size))
-        mp.spawn(_evaluate, (world_size, str(dataset), out), world_size)
+        start_ranks(_evaluate, world_size, world_size, str(dataset), out)
         for rank in range(world_size):
             assert json.loads(Path(f"{out}.{rank}").read_text()) == alone

@@ -1,0 +1,166 @@
+"""The model, its optimiser and one step of training on one rank. Knows torch.distributed, but nothing of Ray.
+
+Every random draw comes from (seed, epoch, step) and is made for the global batch, of which each rank takes its slice:
+neither an interruption nor the number of workers changes what is computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dogvae import loss
+from dogvae.augment import augment, draws
+from dogvae.config import Config
+from dogvae.dataset import random_words, rank_slice
+from dogvae.model import VAE
+
+NOISE = 2  # what a draw is for, so that no two purposes share their random numbers (1: augmentation, 3: validation)
+
+
+class Trainer:
+    """The model, its optimiser and its averaged weights on one rank, and one step of training."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        torch.manual_seed(config.seed)  # every rank starts from the same weights, at every world size
+        self.model = VAE(config.model).to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
+        if device.type == "cuda":
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.net: Any = self.model
+        if self.world_size > 1:
+            devices = [device] if device.type == "cuda" else None
+            self.net = DistributedDataParallel(self.model, device_ids=devices)
+        self.parameters = dict(self.model.named_parameters())
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.lr, fused=True)
+        self.bf16 = config.precision == "bf16" or (
+            config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        self.noise = torch.Generator(device)
+        # Of this epoch on this rank, over the steps that were not skipped: images, loss, reconstruction and KL in nats,
+        # gradient norms; and how many steps were skipped.
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self.streak = torch.zeros((), dtype=torch.int64, device=device)  # steps skipped in a row, up to now
+
+    def step(self, images: Tensor, n: int, epoch: int, step: int, steps: int) -> None:
+        """One step on this rank's slice, uint8 (b, 3, h, h), of a global batch of `n` images; `steps` make an epoch."""
+        config, device = self.config, self.device
+        mine = rank_slice(n, self.rank, self.world_size)
+        x = images.float() / 255
+        if config.augment:
+            flip, degrees = (torch.from_numpy(a[mine]).to(device) for a in draws(n, config.seed, epoch, step))
+            x = augment(x, flip, degrees)
+        if device.type == "cuda":
+            x = x.to(memory_format=torch.channels_last)
+        self.noise.manual_seed(int(random_words(1, config.seed, epoch, step, NOISE)[0] >> 1))
+        noise = torch.randn((config.samples, n, *self.model.latent_shape), generator=self.noise, device=device)
+        # Batch norm takes its statistics in passing: should the step be skipped, they are put back.
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            logits, mu, logvar = self.net(x, noise[:, mine])
+        reconstruction = loss.reconstruction(config.model.likelihood, logits, x, self.model.log_scale)
+        kl = loss.kl(mu, logvar)
+        beta = beta_at(config, epoch + step / steps)
+        objective = self._objective(reconstruction.sum(), kl.sum(), beta, n)
+        self.optimizer.zero_grad(set_to_none=True)
+        # DDP averages over ranks: times their number, the slices' sums add up to the mean over the global batch.
+        (objective * self.world_size).backward()
+        skipped, norm = self._update(lr_at(config, epoch + step / steps), epoch * steps + step, before)
+        nats = torch.stack([reconstruction.sum() + beta * kl.sum(), reconstruction.sum(), kl.sum()]).detach().double()
+        images_nats_norm = torch.cat([nats.new_tensor([len(x)]), nats, norm.double()[None]])
+        taken = torch.where(skipped > 0, torch.zeros_like(images_nats_norm), images_nats_norm)
+        self.sums += torch.cat([taken, skipped.double()[None]])
+        self.streak = (self.streak + 1) * skipped.long()
+
+    def _objective(self, reconstruction: Tensor, kl: Tensor, beta: float, n: int) -> Tensor:
+        """This rank's part of the loss of a global batch of `n` images, from sums over its own images."""
+        if self.config.loss_scale == "image":
+            return (reconstruction + beta * kl) / n
+        # The notebook: cross-entropy averaged over the pixels there are, KL over those of a full batch.
+        pixels = 3 * self.config.model.image_size**2
+        return reconstruction / (n * pixels) + beta * kl / (self.config.batch_size * pixels)
+
+    def _update(self, lr: float, number: int, before: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Apply the gradients of step `number` of the run, unless they are not finite: then nothing changes, and the
+        buffers are again what they were `before`. Returns whether it was skipped (1. or 0.) and the gradients' norm.
+        """
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
+        skipped = (~torch.isfinite(norm)).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # The fused Adam leaves weights and moments alone where `found_inf` is 1, without asking the device first.
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.step()
+        for buffer, old in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(torch.where(skipped > 0, old, buffer))
+        if self.ema is not None:
+            # Early on the average is short, or it would remember the random weights it started from.
+            decay = min(self.config.ema, (1 + number) / (10 + number))
+            averaged: list[Tensor] = list(self.ema.parameters())
+            steps = torch._foreach_sub([p.detach() for p in self.parameters.values()], averaged)
+            torch._foreach_mul_(steps, (1 - skipped) * (1 - decay))
+            torch._foreach_add_(averaged, steps)
+            for mean, value in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+                mean.copy_(value)
+        return skipped, norm
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights."""
+        return sum(p.numel() * p.element_size() for p in self.parameters.values())
+
+    @property
+    def judged(self) -> VAE:
+        """The model that is validated and exported: the averaged weights if there are any."""
+        return self.ema or self.model
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors of the training state, by names that do not depend on the world size."""
+        tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
+        if self.ema is not None:
+            tensors |= {f"ema/{name}": t for name, t in self.ema.state_dict().items()}
+        for name, p in self.parameters.items():
+            tensors |= {f"adam/{key}/{name}": t for key, t in self.optimizer.state.get(p, {}).items()}
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor], with_sums: bool = False) -> None:
+        """Take over what `state` gave; and the epoch's sums so far, which one rank does for all."""
+        self.model.load_state_dict(part(tensors, "model"))
+        if self.ema is not None:
+            self.ema.load_state_dict(part(tensors, "ema"))
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            for name, tensor in part(tensors, f"adam/{key}").items():
+                self.optimizer.state[self.parameters[name]][key] = tensor.to(self.device, copy=True)
+        if with_sums:
+            self.sums.copy_(tensors["sums"])
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a prefix, without it."""
+    return {name.removeprefix(prefix + "/"): t for name, t in tensors.items() if name.startswith(prefix + "/")}
+
+
+def lr_at(config: Config, epoch: float) -> float:
+    """Learning rate at a moment of training, in epochs: linear warm-up, then constant or half a cosine down to 1%."""
+    if epoch < config.lr_warmup:
+        return config.lr * (epoch + 0.01) / (config.lr_warmup + 0.01)
+    if config.schedule == "constant":
+        return config.lr
+    share = (epoch - config.lr_warmup) / max(config.epochs - config.lr_warmup, 1e-9)
+    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+
+def beta_at(config: Config, epoch: float) -> float:
+    """Weight of the KL term at a moment of training, in epochs: linear from 0 over the warm-up."""
+    return config.beta * min(1.0, epoch / config.kl_warmup) if config.kl_warmup else config.beta
