@@ -55,7 +55,8 @@ class Checkpoints:
         """Of the newest checkpoint that is known to be on the storage."""
 
     def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Copy the state at once and write it in the background, after the one before."""
+        """Copy the state at once and write it in the background, after the one before; raises as `check`."""
+        self.check()
         if not self._trouble:
             self.wait()
         copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}

@@ -142,7 +142,7 @@ class Config(_Checked):
     @staticmethod
     def make_nested(nested: dict[str, Any]) -> Config:
         """A Config from what `to_dict` gave."""
-        settings = dict(nested)
+        settings = {**nested}
         return Config.make(**settings.pop("model"), **settings)
 
     @staticmethod
@@ -150,7 +150,7 @@ class Config(_Checked):
         """Read what `to_dict` wrote; `where` names the file in the error."""
         try:
             return Config.make_nested(json.loads(text))
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise UsageError(f"{where} is no configuration of a run: {error}") from error
 
 

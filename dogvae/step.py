@@ -37,8 +37,10 @@ class Trainer:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.net: Any = self.model
         if self.world_size > 1:
+            # Without it DDP would arrange its buckets anew after the first step: sums of three ranks and more would then
+            # be added in another order in a process that has just started than in one that has not.
             devices = [device] if device.type == "cuda" else None
-            self.net = DistributedDataParallel(self.model, device_ids=devices)
+            self.net = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=True)
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.lr, fused=True)
         self.bf16 = config.precision == "bf16" or (
@@ -134,16 +136,25 @@ class Trainer:
             tensors |= {f"adam/{key}/{name}": t for key, t in self.optimizer.state.get(p, {}).items()}
         return tensors
 
-    def load(self, tensors: dict[str, Tensor], with_sums: bool = False) -> None:
-        """Take over what `state` gave; and the epoch's sums so far, which one rank does for all."""
+    def global_sums(self) -> Tensor:
+        """`sums` over all ranks; every rank must call it."""
+        images_nats = self.sums[:4].clone()
+        if self.world_size > 1:
+            dist.all_reduce(images_nats)
+        return torch.cat([images_nats, self.sums[4:]])  # norms and skipped steps are the same on all ranks
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` gave, and, if it is there, what `global_sums` gave as `sums`."""
         self.model.load_state_dict(part(tensors, "model"))
         if self.ema is not None:
             self.ema.load_state_dict(part(tensors, "ema"))
         for key in ("step", "exp_avg", "exp_avg_sq"):
             for name, tensor in part(tensors, f"adam/{key}").items():
                 self.optimizer.state[self.parameters[name]][key] = tensor.to(self.device, copy=True)
-        if with_sums:
+        if "sums" in tensors:
             self.sums.copy_(tensors["sums"])
+            if self.rank > 0:
+                self.sums[:4] = 0  # rank 0 carries them for all
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

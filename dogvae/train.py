@@ -82,7 +82,7 @@ class _Run:
         saved = _agree(_together(self._latest))
         self.meta: dict[str, Any] = {"epoch": 0, "step": 0, "seconds": 0.0, "baselines": None}
         if saved is not None:
-            self.trainer.load(saved.tensors, with_sums=self.rank == 0)
+            self.trainer.load(saved.tensors)
             self.meta = saved.meta
         if self.meta["baselines"] is None:
             self.meta["baselines"] = _agree(
@@ -146,10 +146,9 @@ class _Run:
             if self._poll():
                 return None
         trained = time.perf_counter() - began
-        sums = _total(trainer.sums)
+        sums = trainer.global_sums()
         val = evaluate(trainer.judged, self.dataset.val, trainer.device, self.rank, self.world_size)
         self._check_drift()
-        sums[4:] /= self.world_size  # gradient norm and skipped steps are the same on all ranks
         norm, skipped = sums[4:].tolist()
         train_loss, train_reconstruction, train_kl = (sums[1:4] / sums[0]).tolist()
         last = epoch + (self.steps - 1) / self.steps
@@ -206,10 +205,9 @@ class _Run:
 
     def _save(self) -> None:
         """Save the state as it is; every rank must call it."""
-        sums = _total(self.trainer.sums)
+        sums = self.trainer.global_sums()
         if self.rank == 0:
             self.saved_at = time.monotonic()
-            sums[4:] /= self.world_size
             about = {"config": self.config.to_dict(), "fingerprint": self.config.fingerprint}
             self.checkpoints.save({**self.trainer.state(), "sums": sums}, {**self.meta, **about})
         _together(self.checkpoints.check)
@@ -277,14 +275,6 @@ def _check_storage(storage: Storage, rank: int, world_size: int, need: int) -> N
     finally:
         with suppress(OSError):  # what made the check fail may make this fail; that error is the one to tell
             storage.delete(f".probe-{token}-{rank}")
-
-
-def _total(x: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks."""
-    total = x.clone()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total
 
 
 def _together(action: Callable[[], T]) -> T:

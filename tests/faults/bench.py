@@ -1,0 +1,107 @@
+"""What the fault tests stand on: a small job, running it on gloo ranks without Ray, and comparing where it ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dogvae.checkpoint import Checkpoints
+from dogvae.config import Config, Safety
+from dogvae.dataset import Dataset
+from dogvae.drawn import draw
+from dogvae.shards import Row, write_dataset
+from dogvae.storage import Storage
+from dogvae.train import Observer, loop
+from tests.conftest import start_ranks
+
+SIZE, TRAIN, VAL = 32, 100, 20
+
+
+def make_dataset(folder: Path) -> Path:
+    """Drawn dogs, as `dogvae prepare` would write them."""
+    rows = []
+    for i in range(VAL + TRAIN):
+        digest = (0 if i < VAL else 2**63).to_bytes(8, "big") + i.to_bytes(24, "big")
+        rows.append(Row(f"{i}.png", None, digest, np.asarray(draw(i, 0, SIZE)).transpose(2, 0, 1)))
+    settings = {"size": SIZE, "crop": "center", "val_fraction": 0.2}
+    folder.mkdir()
+    write_dataset(folder, rows, {"kind": "test", "name": "test", "signature": ""}, settings)
+    return folder
+
+
+def job(dataset: Path, **settings: Any) -> Config:
+    """13 steps an epoch, the last one short; batch norm, EMA, augmentation and two samples: all that has a state."""
+    small: dict[str, Any] = dict(width=4, latent_dim=4, epochs=4, samples=2, batch_size=8, kl_warmup=2.0, ema=0.9)
+    config = Config.make(**{**small, **settings})
+    return config.for_data(str(dataset), Dataset(dataset).fingerprint, SIZE, TRAIN)
+
+
+class StopAt(Observer):
+    """Wishes to stop after a number of steps, as Ctrl-C would; writes down what it is told."""
+
+    def __init__(self, steps: int | None = None) -> None:
+        self._left = steps
+        self.notes: list[str] = []
+
+    def stopping(self) -> bool:
+        if self._left is not None:
+            self._left -= 1
+        return self._left == 0
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+
+def _rank(rank: int, world_size: int, init: str, run: Callable[[int], None]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world_size)
+    run(rank)
+    dist.destroy_process_group()
+
+
+class _Loop:
+    def __init__(self, config: Config, out: Path, stop_at: int | None, safety: Safety | None) -> None:
+        self.config, self.out, self.stop_at, self.safety = config, out, stop_at, safety
+
+    def __call__(self, rank: int) -> None:
+        loop(self.config, Storage(self.out), torch.device("cpu"), StopAt(self.stop_at), self.safety)
+
+
+def train(
+    config: Config, out: Path, world_size: int = 1, stop_at: int | None = None, safety: Safety | None = None
+) -> None:
+    """Run the loop on so many ranks, until its end or for `stop_at` steps."""
+    run = _Loop(config, out, stop_at, safety)
+    if world_size == 1:
+        run(0)
+        return
+    init = out.with_name(f"{out.name}.init")
+    init.unlink(missing_ok=True)
+    start_ranks(_rank, world_size, world_size, str(init), run)
+
+
+def final(out: Path) -> dict[str, Tensor]:
+    """All tensors of the latest checkpoint."""
+    saved = Checkpoints(Storage(out)).latest()
+    assert saved is not None
+    return saved.tensors
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    clock = ("images_per_s", "data_wait", "seconds", "world_size")
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that are not the same bit for bit."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]

@@ -1,0 +1,186 @@
+"""The command on real Ray, killed and interrupted from outside; its end must be that of a run that nothing befell."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dogvae.config import Config
+from tests.faults.bench import differing, final, job, make_dataset, records, train
+
+ROOT = Path(__file__).parent.parent.parent
+EPOCHS = 60
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("faults") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same job on two ranks without Ray, uninterrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(job(dataset, epochs=EPOCHS), out, 2)
+    return out
+
+
+class Command:
+    """train_distributed.py in a session of its own, as a terminal would start it; its lines as they come."""
+
+    def __init__(self, where: Path, *args: str) -> None:
+        self.log = (where / f"log-{time.monotonic_ns()}").open("w+")
+        env = {**os.environ, "RAY_ADDRESS": "local", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train_distributed.py"), *args],
+            cwd=where, env=env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def text(self) -> str:
+        return Path(self.log.name).read_text()
+
+    def wait_for(self, pattern: str, seconds: float = 120) -> None:
+        """Until its output has a line that matches."""
+        end = time.monotonic() + seconds
+        while not re.search(pattern, self.text()):
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.05)
+
+    def wait(self, seconds: float = 180) -> int:
+        return self.process.wait(seconds)
+
+    def family(self) -> list[psutil.Process]:
+        """The command and all processes that came of it, Ray's among them."""
+        me = psutil.Process(self.process.pid)
+        return [me, *me.children(recursive=True)]
+
+    def workers(self) -> list[psutil.Process]:
+        return [p for p in self.family() if "RayTrainWorker" in " ".join(p.cmdline())]
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            for p in reversed(self.family()):
+                p.kill()
+            self.process.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path, dataset: Path) -> Iterator[object]:
+    commands: list[Command] = []
+
+    def begin(*args: str) -> Command:
+        commands.append(Command(tmp_path, *args))
+        return commands[-1]
+
+    yield begin
+    for command in commands:
+        command.stop()
+
+
+def flags(config: Config) -> list[str]:
+    """What to type for `job`."""
+    names = ("width", "latent_dim", "epochs", "samples", "batch_size", "kl_warmup", "ema")
+    settings = {name: config.flat()[name] for name in names}
+    typed = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return ["--data", config.data, "--name", "run", "--cpus", "2", "--checkpoint-every", "7", *typed]
+
+
+def unharmed(run: Path, whole: Path) -> None:
+    """The run ended as the whole one did: weights, optimiser, average, and a line for every epoch."""
+    assert differing(final(run), final(whole)) == []
+    assert [r["epoch"] for r in records(run)] == list(range(EPOCHS))
+    for ours, theirs in zip(records(run), records(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-12)
+    assert not list(run.rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_worker_killed(start, dataset: Path, whole: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """SIGKILL to one of two workers, twice: training goes on by itself, and the console says so in a line."""
+    command = start(*flags(job(dataset, epochs=EPOCHS)))
+    epoch = 0
+    for _ in range(2):
+        command.wait_for(rf"epoch {epoch + 3}/")
+        command.workers()[-1].kill()
+        killed, before = time.monotonic(), command.text().count("Going on from the last checkpoint")
+        command.wait_for(r"(?s)(Going on from the last checkpoint.*){%d}" % (before + 1))
+        epoch = len(records(tmp_path / "runs/run"))
+        command.wait_for(rf"epoch {epoch + 1}/")
+        print(f"{time.monotonic() - killed:.1f} s from the kill to the end of the next epoch")
+        assert time.monotonic() - killed < 60
+    assert command.wait() == 0, command.text()
+    unharmed(tmp_path / "runs/run", whole)
+    assert (tmp_path / "runs/run/export/config.json").exists()
+
+
+@pytest.mark.slow
+def test_driver_killed_and_resumed(start, dataset: Path, whole: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """SIGKILL to the driver; Ray's processes end by themselves."""
+    command = start(*flags(job(dataset, epochs=EPOCHS)))
+    command.wait_for(r"epoch 4/")
+    family = command.family()
+    command.process.kill()
+    _, alive = psutil.wait_procs(family, timeout=40)
+    assert alive == []
+    command = start("--name", "run", "--resume", "--cpus", "2")
+    assert command.wait() == 0, command.text()
+    unharmed(tmp_path / "runs/run", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_hand(start, dataset: Path, whole: Path, tmp_path: Path, signum: signal.Signals) -> None:  # type: ignore[no-untyped-def]
+    """Ctrl-C, which a terminal sends to all its processes, and SIGTERM to the driver: a checkpoint, the command to go on
+    with, nothing left behind; and that command ends where it would have ended.
+    """
+    command = start(*flags(job(dataset, epochs=EPOCHS)))
+    command.wait_for(r"epoch 4/")
+    family = command.family()
+    if signum == signal.SIGINT:
+        os.killpg(command.process.pid, signum)
+    else:
+        command.process.send_signal(signum)
+    assert command.wait(60) == 128 + signum, command.text()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
+    assert "Traceback" not in command.text()
+    stopped = re.search(r"to go on: python (train_distributed\.py .*)", command.text())
+    assert stopped, command.text()
+    done = len(records(tmp_path / "runs/run"))
+    assert done < EPOCHS
+    saved = max((tmp_path / "runs/run/checkpoints").iterdir()).name
+    assert int(saved[5:14]) >= 13 * done
+    if signum == signal.SIGINT:
+        command = start(*shlex.split(stopped[1])[1:], "--cpus", "2")
+        assert command.wait() == 0, command.text()
+        unharmed(tmp_path / "runs/run", whole)
+        config = json.loads((tmp_path / "runs/run/config.json").read_text())
+        assert config["epochs"] == EPOCHS
+
+
+@pytest.mark.slow
+def test_second_signal_stops_at_once(start, dataset: Path) -> None:  # type: ignore[no-untyped-def]
+    command = start(*flags(job(dataset, epochs=EPOCHS)))
+    command.wait_for("2 CPU workers")
+    time.sleep(3)  # the workers are only starting: nobody hears of the first signal yet
+    family = command.family()
+    command.process.send_signal(signal.SIGINT)
+    command.wait_for("once more stops at once")
+    asked = time.monotonic()
+    command.process.send_signal(signal.SIGINT)
+    assert command.wait(30) == 130
+    assert time.monotonic() - asked < 15
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
