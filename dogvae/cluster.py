@@ -49,13 +49,26 @@ class Workers:
         return f"{number} {'GPU' if self.gpu else 'CPU'} worker{'s' if high > 1 else ''}{each}"
 
 
+def _autoscaler_limits() -> dict[str, int] | None:
+    """The most that an autoscaler may bring the cluster to; None without one."""
+    import ray
+
+    return ray._private.state.state.get_max_resources_from_cluster_config()
+
+
+def is_one_machine() -> bool:
+    """Whether this is all of the cluster, and will be."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes()) == 1 and _autoscaler_limits() is None
+
+
 def plan(gpus: int | tuple[int, int] | None, cpus: int | tuple[int, int] | None) -> Workers:
     """The workers asked for, by default all GPUs, else one per node; UsageError if the cluster cannot have them."""
     import ray
 
     total = {k: int(v) for k, v in ray.cluster_resources().items()}
-    # What an autoscaler may add counts as well; without one there is no such figure.
-    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    limits = _autoscaler_limits() or {}
     have = {k: max(total.get(k, 0), int(limits.get(k, 0))) for k in ("GPU", "CPU")}
     if gpus is None and cpus is None:
         if have["GPU"]:

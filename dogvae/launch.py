@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dogvae import cluster
 from dogvae.cluster import Workers
 from dogvae.config import Config, Safety
 from dogvae.console import Progress, RunFailed, UsageError
@@ -128,6 +129,9 @@ def launch(
 
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
+    if cluster.is_one_machine():
+        # No node will go and leave others behind: one process less to start, before training and after each failure.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     hub: Any = ray.remote(Hub).options(num_cpus=0, scheduling_strategy=here).remote()
 

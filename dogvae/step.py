@@ -37,8 +37,8 @@ class Trainer:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.net: Any = self.model
         if self.world_size > 1:
-            # Without it DDP would arrange its buckets anew after the first step: sums of three ranks and more would then
-            # be added in another order in a process that has just started than in one that has not.
+            # Otherwise DDP arranges its buckets anew after the first step: the gradients of three and more ranks would
+            # be added up in another order in a process that has just started than in one that has not.
             devices = [device] if device.type == "cuda" else None
             self.net = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=True)
         self.parameters = dict(self.model.named_parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -10,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -20,7 +19,7 @@ from dogvae.config import Config
 from tests.faults.bench import differing, final, job, make_dataset, records, train
 
 ROOT = Path(__file__).parent.parent.parent
-EPOCHS = 60
+EPOCHS = 40
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +75,11 @@ class Command:
             self.process.wait()
 
 
+Start = Callable[..., Command]
+
+
 @pytest.fixture
-def start(tmp_path: Path, dataset: Path) -> Iterator[object]:
+def start(tmp_path: Path, dataset: Path) -> Iterator[Start]:
     commands: list[Command] = []
 
     def begin(*args: str) -> Command:
@@ -107,80 +109,67 @@ def unharmed(run: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_worker_killed(start, dataset: Path, whole: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """SIGKILL to one of two workers, twice: training goes on by itself, and the console says so in a line."""
+def test_worker_killed(start: Start, dataset: Path, whole: Path, tmp_path: Path) -> None:
+    """SIGKILL to one of two workers: training goes on by itself, and the console says so in a line."""
     command = start(*flags(job(dataset, epochs=EPOCHS)))
-    epoch = 0
-    for _ in range(2):
-        command.wait_for(rf"epoch {epoch + 3}/")
-        command.workers()[-1].kill()
-        killed, before = time.monotonic(), command.text().count("Going on from the last checkpoint")
-        command.wait_for(r"(?s)(Going on from the last checkpoint.*){%d}" % (before + 1))
-        epoch = len(records(tmp_path / "runs/run"))
-        command.wait_for(rf"epoch {epoch + 1}/")
-        print(f"{time.monotonic() - killed:.1f} s from the kill to the end of the next epoch")
-        assert time.monotonic() - killed < 60
+    command.wait_for(r"epoch 3/")
+    command.workers()[-1].kill()
+    killed = time.monotonic()
+    command.wait_for(r"Going on from the last checkpoint")
+    noticed = time.monotonic()
+    command.wait_for(rf"epoch {len(records(tmp_path / 'runs/run')) + 1}/")
+    ended = time.monotonic()
+    print(f"noticed after {noticed - killed:.1f} s, the next epoch had ended after {ended - killed:.1f} s")
+    assert ended - killed < 60  # 17 s on an idle machine
     assert command.wait() == 0, command.text()
     unharmed(tmp_path / "runs/run", whole)
     assert (tmp_path / "runs/run/export/config.json").exists()
 
 
 @pytest.mark.slow
-def test_driver_killed_and_resumed(start, dataset: Path, whole: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """SIGKILL to the driver; Ray's processes end by themselves."""
-    command = start(*flags(job(dataset, epochs=EPOCHS)))
-    command.wait_for(r"epoch 4/")
-    family = command.family()
-    command.process.kill()
-    _, alive = psutil.wait_procs(family, timeout=40)
-    assert alive == []
-    command = start("--name", "run", "--resume", "--cpus", "2")
-    assert command.wait() == 0, command.text()
-    unharmed(tmp_path / "runs/run", whole)
+def test_ctrl_c_and_then_the_driver_killed(start: Start, dataset: Path, whole: Path, tmp_path: Path) -> None:
+    """Ctrl-C, which a terminal sends to all processes: a checkpoint, the command to go on, and nothing is left behind.
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_hand(start, dataset: Path, whole: Path, tmp_path: Path, signum: signal.Signals) -> None:  # type: ignore[no-untyped-def]
-    """Ctrl-C, which a terminal sends to all its processes, and SIGTERM to the driver: a checkpoint, the command to go on
-    with, nothing left behind; and that command ends where it would have ended.
+    That command is typed, and its driver gets a SIGKILL. Resumed again, the run ends as if nothing had been.
     """
     command = start(*flags(job(dataset, epochs=EPOCHS)))
     command.wait_for(r"epoch 4/")
     family = command.family()
-    if signum == signal.SIGINT:
-        os.killpg(command.process.pid, signum)
-    else:
-        command.process.send_signal(signum)
-    assert command.wait(60) == 128 + signum, command.text()
+    os.killpg(command.process.pid, signal.SIGINT)
+    assert command.wait(60) == 130, command.text()
     _, alive = psutil.wait_procs(family, timeout=20)
     assert alive == []
     assert "Traceback" not in command.text()
     stopped = re.search(r"to go on: python (train_distributed\.py .*)", command.text())
     assert stopped, command.text()
     done = len(records(tmp_path / "runs/run"))
-    assert done < EPOCHS
     saved = max((tmp_path / "runs/run/checkpoints").iterdir()).name
-    assert int(saved[5:14]) >= 13 * done
-    if signum == signal.SIGINT:
-        command = start(*shlex.split(stopped[1])[1:], "--cpus", "2")
-        assert command.wait() == 0, command.text()
-        unharmed(tmp_path / "runs/run", whole)
-        config = json.loads((tmp_path / "runs/run/config.json").read_text())
-        assert config["epochs"] == EPOCHS
+    assert 13 * done <= int(saved[5:14]) < 13 * EPOCHS
+
+    command = start(*shlex.split(stopped[1])[1:], "--cpus", "2")
+    command.wait_for(rf"epoch {done + 5}/")
+    workers = command.workers()
+    command.process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=40)
+    assert alive == []
+
+    command = start("--name", "run", "--resume", "--cpus", "2")
+    assert command.wait() == 0, command.text()
+    unharmed(tmp_path / "runs/run", whole)
 
 
 @pytest.mark.slow
-def test_second_signal_stops_at_once(start, dataset: Path) -> None:  # type: ignore[no-untyped-def]
+def test_second_signal_stops_at_once(start: Start, dataset: Path) -> None:
+    """While the workers are only starting, and nobody hears of the first one yet."""
     command = start(*flags(job(dataset, epochs=EPOCHS)))
     command.wait_for("2 CPU workers")
-    time.sleep(3)  # the workers are only starting: nobody hears of the first signal yet
+    time.sleep(3)
     family = command.family()
-    command.process.send_signal(signal.SIGINT)
+    command.process.send_signal(signal.SIGTERM)
     command.wait_for("once more stops at once")
     asked = time.monotonic()
-    command.process.send_signal(signal.SIGINT)
-    assert command.wait(30) == 130
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait(30) == 143
     assert time.monotonic() - asked < 15
     _, alive = psutil.wait_procs(family, timeout=20)
     assert alive == []
