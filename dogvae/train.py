@@ -84,6 +84,10 @@ class _Run:
         if saved is not None:
             self.trainer.load(saved.tensors)
             self.meta = saved.meta
+            if self.rank == 0 and self.meta["epoch"] < config.epochs:
+                done = self.meta["step"] - self.meta["epoch"] * self.steps
+                workers = f"{self.world_size} worker{'s' if self.world_size > 1 else ''}"
+                observer.note(f"going on in epoch {self.meta['epoch'] + 1} after step {done}, with {workers}")
         if self.meta["baselines"] is None:
             self.meta["baselines"] = _agree(
                 baselines(config.model.likelihood, self.dataset) if self.rank == 0 else None

@@ -38,9 +38,9 @@ def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Command:
     """train_distributed.py in a session of its own, as a terminal would start it; its lines as they come."""
 
-    def __init__(self, where: Path, *args: str) -> None:
+    def __init__(self, where: Path, *args: str, address: str = "local") -> None:
         self.log = (where / f"log-{time.monotonic_ns()}").open("w+")
-        env = {**os.environ, "RAY_ADDRESS": "local", "PYTHONUNBUFFERED": "1"}
+        env = {**os.environ, "RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "train_distributed.py"), *args],
             cwd=where, env=env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
