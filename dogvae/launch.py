@@ -139,7 +139,8 @@ def launch(
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             hub.tell.remote("failure", {rank: _first_line(e) for rank, e in worker_exceptions.items()})
 
-    head, _, name = storage.uri.rpartition("/")
+    place, mark, options = storage.uri.partition("?")  # options of an object store, as pyarrow takes them
+    head, _, name = place.rpartition("/")
     # At run time these are Train V2's classes, which keep what the workers return; type checkers see V1's.
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]
@@ -155,7 +156,7 @@ def launch(
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=name,
-            storage_path=head,
+            storage_path=head + mark + options,
             failure_config=FailureConfig(max_failures=max_failures),
             callbacks=[Failures()],  # type: ignore[list-item]
             logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),

@@ -5,6 +5,7 @@ Knows torch.distributed, but nothing of Ray: what is outside is an `Observer`.
 
 from __future__ import annotations
 
+import math
 import shutil
 import socket
 import time
@@ -256,12 +257,12 @@ def _check_storage(storage: Storage, rank: int, world_size: int, need: int) -> N
     def write() -> None:
         try:
             storage.write(f".probe-{token}-{rank}", host.encode())
-            free = shutil.disk_usage(storage.local).free if storage.local else need
+            free = shutil.disk_usage(storage.local).free if storage.local else math.inf
         except OSError as error:
             raise UsageError(f"--runs: {storage.uri} cannot be written to from {host}: {error}") from error
         if free < need * (KEEP_LATEST + 2):
-            mb = (need * (KEEP_LATEST + 2)) >> 20
-            raise UsageError(f"--runs: {storage.uri} has {free >> 20} MB free, the checkpoints need {mb} MB")
+            mb = need * (KEEP_LATEST + 2) / 2**20
+            raise UsageError(f"--runs: {storage.uri} has {free / 2**20:.0f} MB free, the checkpoints need {mb:.0f} MB")
 
     def read() -> None:
         try:
