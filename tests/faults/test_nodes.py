@@ -20,28 +20,15 @@ from ray.cluster_utils import Cluster
 from dogvae.config import Safety
 from dogvae.storage import Storage
 from dogvae.train import loop
-from tests.faults.bench import StopAt, differing, final, job, make_dataset, records, train
+from tests.faults.bench import EPOCHS, StopAt, differing, final, job, records
 from tests.faults.test_processes import Command, flags
 
-EPOCHS = 60
 QUICK = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 3,
 }
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("faults") / "dataset")
-
-
-@pytest.fixture(scope="module")
-def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train(job(dataset, epochs=EPOCHS), out, 2)
-    return out
 
 
 @pytest.fixture

@@ -16,23 +16,9 @@ import psutil
 import pytest
 
 from dogvae.config import Config
-from tests.faults.bench import differing, final, job, make_dataset, records, train
+from tests.faults.bench import EPOCHS, differing, final, job, records
 
 ROOT = Path(__file__).parent.parent.parent
-EPOCHS = 40
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("faults") / "dataset")
-
-
-@pytest.fixture(scope="module")
-def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same job on two ranks without Ray, uninterrupted."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train(job(dataset, epochs=EPOCHS), out, 2)
-    return out
 
 
 class Command:

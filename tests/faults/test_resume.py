@@ -11,11 +11,6 @@ from dogvae.console import UsageError
 from tests.faults.bench import differing, final, job, make_dataset, records, train
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("faults") / "dataset")
-
-
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("stop_at", [1, 5, 13, 14, 38, 51])
 def test_stopped_anywhere_and_resumed(dataset: Path, tmp_path: Path, norm: str, stop_at: int) -> None:

@@ -15,10 +15,10 @@ from pyarrow.fs import FileSystem
 
 from dogvae import metrics
 from dogvae.checkpoint import Checkpoints
-from dogvae.config import Config, Safety
+from dogvae.config import Safety
 from dogvae.storage import Storage
 from dogvae.train import loop
-from tests.faults.bench import StopAt, differing, final, job, make_dataset, train
+from tests.faults.bench import StopAt, differing, final, job, train
 
 CPU = torch.device("cpu")
 
@@ -58,8 +58,8 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
-def test_interrupted_and_resumed_on_s3(server: Server, tmp_path: Path) -> None:
-    config: Config = job(make_dataset(tmp_path / "dataset"))
+def test_interrupted_and_resumed_on_s3(server: Server, dataset: Path, tmp_path: Path) -> None:
+    config = job(dataset)
     train(config, tmp_path / "whole")
     FileSystem.from_uri(server.uri(""))[0].create_dir("dogs")
     run = Storage(server.uri("runs")) / "run"

@@ -16,14 +16,9 @@ from dogvae.console import RunFailed, UsageError
 from dogvae.storage import Storage
 from dogvae.train import loop
 from tests.conftest import start_ranks
-from tests.faults.bench import StopAt, differing, final, job, make_dataset, records, train
+from tests.faults.bench import StopAt, differing, final, job, records, train
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("faults") / "dataset")
 
 
 @pytest.fixture
