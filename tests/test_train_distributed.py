@@ -153,6 +153,12 @@ def test_finished_run_says_so(trained: Path) -> None:
         (["--val-fraction", "1"], ["--val-fraction"]),
         (["--crop", "round"], ["--crop", "box"]),
         (["--latent", "3"], ["--latent"]),
+        (["--cpus", "3:2"], ["--cpus", "2:4"]),
+        (["--checkpoint-every", "5x"], ["--checkpoint-every", "5m"]),
+        (["--checkpoint-every", "0"], ["--checkpoint-every"]),
+        (["--storage-patience", "long"], ["--storage-patience", "5m"]),
+        (["--max-skipped", "0"], ["--max-skipped"]),
+        (["--max-failures", "-2"], ["--max-failures"]),
     ],
 )
 def test_mistakes_are_one_line_before_ray_starts(trained: Path, args: list[str], words: list[str]) -> None:
