@@ -48,12 +48,13 @@ class Progress:
         self._last_plain = time.monotonic()
         self._live = None
         if sys.stdout.isatty():
-            from rich.progress import BarColumn, TextColumn
+            from rich.console import Console
+            from rich.progress import BarColumn, ProgressColumn, TextColumn
             from rich.progress import Progress as RichProgress
 
-            self._live = RichProgress(
-                TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}")
-            )
+            console = Console()
+            bar: list[ProgressColumn] = [BarColumn(bar_width=20)] if console.width >= 120 else []
+            self._live = RichProgress(*bar, TextColumn("{task.fields[text]}"), console=console)
             self._task = self._live.add_task(title, total=None, text="")
 
     def __enter__(self) -> Progress:
@@ -74,7 +75,9 @@ class Progress:
             self._started = (now, done)
         since, first = self._started
         if done > first:
-            text = f"{text}, {clock((now - since) * (total - done) / (done - first))} left"
+            left = f"{clock((now - since) * (total - done) / (done - first))} left"
+            # On a narrow terminal the end of the line is cut off: what is left stands in front.
+            text = f"{left}, {text}" if self._live else f"{text}, {left}"
         if self._live:
             self._live.update(self._task, completed=done, total=total, text=text)
         elif milestone or now - self._last_plain >= self._plain_interval_s:

@@ -233,8 +233,8 @@ def _watch(hub: Any, fit: Future[Any], received: list[int], line: Progress, conf
 def describe(record: dict[str, Any]) -> str:
     """An epoch in one line."""
     return (
-        f"loss {record['val_loss']:.1f} = reconstruction {record['val_reconstruction']:.1f} "
-        f"+ KL {record['val_kl']:.1f}, explained {record['val_explained']:.3f}, {record['images_per_s']:.0f} images/s"
+        f"loss {record['val_loss']:.0f} = reconstruction {record['val_reconstruction']:.0f} "
+        f"+ KL {record['val_kl']:.0f}, {record['images_per_s']:.0f} images/s, explained {record['val_explained']:.3f}"
     )
 
 

@@ -179,7 +179,9 @@ class _Decoding:
                 submit()
                 self.done += sum(not isinstance(row.pixels, str) for row in rows)
                 self.seconds = time.monotonic() - started
-                progress.update(self._source.share, 1.0, f"{self.done} images, {self.done / self.seconds:.0f}/s")
+                progress.update(
+                    self._source.share, 1.0, f"{self.done} images prepared, {self.done / self.seconds:.0f} images/s"
+                )
                 yield from rows
 
     def _result(self, decode: Any, task: Any, batch: Batch, alone: bool = False) -> list[Row]:
