@@ -8,6 +8,7 @@ python train_distributed.py --name NAME --resume      # go on with a run that wa
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -51,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
     runs.save_config(storage, config)
     say(f"{storage.uri}: {config.epochs} epochs on {workers}")
     if signum := launch(config, storage, workers, safety, args.max_failures, args.verbose):
-        say(f"stopped; to go on: python train_distributed.py --runs {args.runs} --name {name} --resume")
+        where = shlex.quote(args.runs)
+        say(f"stopped; to go on: python train_distributed.py --runs {where} --name {name} --resume")
         return 128 + signum
     finish(storage, config, args.runs)
     return 0

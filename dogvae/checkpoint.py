@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -34,11 +35,18 @@ class Checkpoint(NamedTuple):
     meta: dict[str, Any]
 
 
+def _score(meta: dict[str, Any]) -> float:
+    """`val_loss`, infinite if there is none: what the best has least of."""
+    loss = meta.get("val_loss")
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
 class Checkpoints:
     """The checkpoints of the run in `storage`: the best by `val_loss` and the latest ones are kept.
 
-    `note` hears, in a line, of torn files and of storage that fails and comes back. While it fails, writing is tried
-    again with growing pauses, and training goes on; after `patience_s` without success `check` raises.
+    Writing never holds up training: while one state is being written only the newest of those that wait, and the best
+    of them, wait on. `note` hears, in a line, of torn files and of storage that fails and comes back. While it fails,
+    writing is tried again with growing pauses; after `patience_s` without success `check` raises.
     """
 
     def __init__(self, storage: Storage, note: Callable[[str], None] = warn, patience_s: float = 600.0) -> None:
@@ -48,22 +56,24 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._lock = Lock()
-        self._newest: Checkpoint | None = None
-        self._trouble = False  # the storage fails: a newer state replaces the one that waits to be written
-        self._val_loss: dict[str, float] = {}  # of the checkpoints that have one; NaN: has none
+        self._waiting: list[Checkpoint] = []
+        self._since = 0.0  # when writing last succeeded, or began
+        self._trouble: str | None = None
+        self._val_loss: dict[str, float] = {}  # by file; infinite: has none
         self.last_step = 0
         """Of the newest checkpoint that is known to be on the storage."""
 
     def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Copy the state at once and write it in the background, after the one before; raises as `check`."""
+        """Copy the state at once and write it in the background; raises as `check`."""
         self.check()
-        if not self._trouble:
-            self.wait()
         copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
         with self._lock:
-            self._newest = Checkpoint(copies, meta)
+            best = min(self._waiting, key=lambda c: _score(c.meta), default=None)
+            worth = [best] if best and _score(best.meta) < math.inf else []
+            self._waiting = [*worth, Checkpoint(copies, meta)]
             if self._writing is None or self._writing.done():
-                self._writing = self._thread.submit(self._write_newest)
+                self._since = time.monotonic()
+                self._writing = self._thread.submit(self._write_waiting)
 
     def wait(self) -> None:
         """Until what was saved is on the storage; raises RunFailed if that was given up."""
@@ -71,9 +81,13 @@ class Checkpoints:
             self._writing.result()
 
     def check(self) -> None:
-        """Raise RunFailed if writing was given up; does not wait."""
-        if self._writing is not None and self._writing.done():
+        """Raise RunFailed if writing was given up, or has hung for too long; does not wait."""
+        if self._writing is None:
+            return
+        if self._writing.done():
             self._writing.result()
+        elif time.monotonic() - self._since > self._patience_s + LONGEST_PAUSE_S:
+            raise self._given_up("it does not answer")
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; None if there is none."""
@@ -89,39 +103,43 @@ class Checkpoints:
     def _names(self) -> list[str]:
         return [name for name in self._storage.names() if _NAME.fullmatch(name)]
 
-    def _write_newest(self) -> None:
-        """Write the newest state there is, until there is no newer one."""
-        failing_since, pause, written = time.monotonic(), 1.0, None
+    def _write_waiting(self) -> None:
+        """Write what waits, until nothing does."""
+        pause = 1.0
         while True:
             with self._lock:
-                newest = self._newest
-                if newest is written or newest is None:
+                if not self._waiting:
                     return
+                state = self._waiting[0]
             try:
-                self._write(*newest)
+                self._write(*state)
             except OSError as error:
-                if time.monotonic() - failing_since > self._patience_s:
-                    raise RunFailed(
-                        f"--runs: no checkpoint could be written to {self._storage.uri} for {self._patience_s:.0f} "
-                        f"seconds ({error}); the last good one is of step {self.last_step}"
-                    ) from error
+                if time.monotonic() - self._since > self._patience_s:
+                    raise self._given_up(str(error)) from error
                 if not self._trouble:
-                    self._trouble = True
                     self._note(f"a checkpoint could not be written ({error}): training on, and trying again")
+                self._trouble = str(error)
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
                 continue
             if self._trouble:
-                self._trouble = False
+                self._trouble = None
                 self._note("checkpoints can be written again")
-            failing_since, pause, written = time.monotonic(), 1.0, newest
+            self._since, pause = time.monotonic(), 1.0
+            with self._lock:
+                self._waiting = [other for other in self._waiting if other is not state]
+
+    def _given_up(self, why: str) -> RunFailed:
+        return RunFailed(
+            f"--runs: no checkpoint could be written to {self._storage.uri} for {self._patience_s:.0f} seconds "
+            f"({why}); the last good one is of step {self.last_step}"
+        )
 
     def _write(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         data = safetensors.torch.save(tensors, {"meta": json.dumps(meta)})
         name = f"step-{meta['step']:09d}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         self._storage.write(name, data)
-        loss = meta.get("val_loss")
-        self._val_loss[name] = float("nan") if loss is None else loss
+        self._val_loss[name] = _score(meta)
         self.last_step = meta["step"]
         self._prune()
 
@@ -136,10 +154,9 @@ class Checkpoints:
     def _loss_of(self, name: str) -> float | None:
         if name not in self._val_loss:
             checkpoint = self._read(name)
-            loss = checkpoint.meta.get("val_loss") if checkpoint else None
-            self._val_loss[name] = float("nan") if loss is None else loss
+            self._val_loss[name] = _score(checkpoint.meta) if checkpoint else math.inf
         loss = self._val_loss[name]
-        return None if loss != loss else loss
+        return loss if loss < math.inf else None
 
     def _first_whole(self, names: Iterable[str]) -> Checkpoint | None:
         return next((checkpoint for name in names if (checkpoint := self._read(name)) is not None), None)

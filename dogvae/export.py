@@ -27,8 +27,8 @@ FOLDER = "export"
 def export(run: Storage, config: Config) -> Storage:
     """Write `export/` of a run: model.safetensors, config.json, README.md, preview.png; config.json last."""
     best = Checkpoints(run).best()
-    if best is None:
-        raise UsageError(f"{run.uri} has no checkpoint to export: train it first")
+    if best is None or best.meta["val_loss"] is None:
+        raise UsageError(f"{run.uri} has no finished epoch to export: train it first")
     weights = part(best.tensors, "ema") or part(best.tensors, "model")
     model = VAE(config.model).eval()
     model.load_state_dict(weights)
@@ -38,7 +38,7 @@ def export(run: Storage, config: Config) -> Storage:
         "model": config.to_dict()["model"],
         "training": {k: v for k, v in config.to_dict().items() if k not in ("model", "data")},
         "dataset_fingerprint": config.fingerprint,
-        "metrics": best.meta["metrics"],
+        "metrics": best.meta["records"][-1],
         "dogvae": __version__,
     }
     folder = run / FOLDER

@@ -17,6 +17,7 @@ from dogvae import cluster
 from dogvae.cluster import Workers
 from dogvae.config import Config, Safety
 from dogvae.console import Progress, RunFailed, UsageError
+from dogvae.hub import Hub
 from dogvae.storage import Storage
 from dogvae.train import Observer, loop
 
@@ -24,39 +25,14 @@ PROGRESS_INTERVAL_S = 0.3
 STOP_INTERVAL_S = 0.5
 GROUP_TIMEOUT_S = 300  # a worker that answers no more for so long is lost; a death is noticed at once
 RESIZE_INTERVAL_S = 20.0  # how often an elastic run looks for more workers
-# How soon Ray Train notices. Its defaults are for jobs of hours: 2 s for a death, 60 s to give up waiting for workers
-# that an elastic run does without, 5 s for a node that will go.
+# How soon Ray Train notices. Its defaults are for jobs of hours: 2 s for a death, 5 s for a node that will go.
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # patched, a worker's line comes out twice
 }
-
-
-class Hub:
-    """An actor beside the driver: events on their way from the workers to it, and its wish to stop on its way back."""
-
-    def __init__(self) -> None:
-        self._events: list[tuple[Any, ...]] = []
-        self._stopping = False
-
-    def tell(self, *event: Any) -> None:
-        """Add an event."""
-        self._events.append(event)
-
-    def take(self) -> list[tuple[Any, ...]]:
-        """The events since the last call."""
-        events, self._events = self._events, []
-        return events
-
-    def stop(self) -> None:
-        """From now on `stopping` is true."""
-        self._stopping = True
-
-    def stopping(self) -> bool:
-        """Whether the run is to be saved and stopped."""
-        return self._stopping
+# After the loss of a node an elastic run first asks for as many workers as before, and waits so long in vain (60 s).
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
 class _RayObserver(Observer):
@@ -129,6 +105,7 @@ def launch(
 
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
+    os.environ.setdefault(START_TIMEOUT, "10" if isinstance(workers.count, tuple) else "30")
     if cluster.is_one_machine():
         # No node will go and leave others behind: one process less to start, before training and after each failure.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,56 +30,69 @@ def read(storage: Storage) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-class Recorder:
-    """Writes the record of each epoch from `first_epoch` on; what an interrupted run wrote beyond it is dropped."""
+def plain(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as a line of the file has it: None for what is no finite number."""
+    return {k: v if math.isfinite(v) else None for k, v in record.items()}
 
-    def __init__(self, storage: Storage, first_epoch: int, note: Callable[[str], None] = warn) -> None:
+
+class Recorder:
+    """Writes the record of each epoch after `records`, those of the epochs before; what a file says beyond is dropped.
+
+    In the background, so that storage which fails or hangs does not hold up training: it is noted, and the next epoch
+    writes all lines again.
+    """
+
+    def __init__(self, storage: Storage, records: Sequence[dict[str, Any]], note: Callable[[str], None] = warn) -> None:
         # Not SummaryWriter: its thread writes when it likes, and what a kill leaves then lacks the last epochs.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
         self._storage, self._note = storage, note
-        self._records = [record for record in read(storage) if record["epoch"] < first_epoch]
+        self._records = list(records)
+        self._thread = ThreadPoolExecutor(1)
         # TensorBoard needs a local folder; for an object store it is a copy that is uploaded epoch by epoch.
         self._folder = storage.local or Path(tempfile.mkdtemp(prefix="dogvae-events-"))
         self._folder.mkdir(parents=True, exist_ok=True)
         self._board = EventsWriter(str(self._folder / "events"), f".{uuid.uuid4().hex[:8]}")
         # Tells TensorBoard to forget what earlier files say of these epochs.
-        self._event(first_epoch, session_log=SessionLog(status=SessionLog.START))
+        first = min(len(self._records), len(read(storage)))
+        self._event(first, session_log=SessionLog(status=SessionLog.START))
+        for known in self._records[first:]:  # a kill came between their checkpoint and them
+            self._thread.submit(self._write, self._records[:], known, {})
 
     def record(self, record: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
-        """Append an epoch: `record["epoch"]` and its numbers, and pictures (3, H, W) uint8 by name.
+        """Append an epoch: `record["epoch"]` and its numbers, and pictures (3, H, W) uint8 by name."""
+        self._records.append(plain(record))
+        self._thread.submit(self._write, list(self._records), record, pictures)
 
-        Storage that fails does not stop a run: it is noted, and the next epoch writes all lines again.
-        """
-        self._records.append({k: v if math.isfinite(v) else None for k, v in record.items()})
-        try:
-            self._write(record, pictures)
-        except OSError as error:
-            self._note(f"the metrics of epoch {record['epoch'] + 1} could not be written ({error}): trying again later")
-
-    def _write(self, record: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
+    def _write(self, records: list[dict[str, Any]], record: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         from tensorboardX import summary
 
-        self._storage.write(FILE, "".join(json.dumps(r) + "\n" for r in self._records).encode())
         epoch = record["epoch"]
-        for name, value in record.items():
-            if name != "epoch":
-                group, _, rest = name.partition("_")
-                tag = f"{group}/{rest}" if group in ("train", "val") else f"run/{name}"
-                self._event(epoch, summary=summary.scalar(tag, value))
-        for name, picture in pictures.items():
-            self._event(epoch, summary=summary.image(name, picture))
-        self._board.flush()
-        self._upload()
+        try:
+            for name, value in record.items():
+                if name != "epoch" and value is not None:
+                    group, _, rest = name.partition("_")
+                    tag = f"{group}/{rest}" if group in ("train", "val") else f"run/{name}"
+                    self._event(epoch, summary=summary.scalar(tag, value))
+            for name, picture in pictures.items():
+                self._event(epoch, summary=summary.image(name, picture))
+            self._storage.write(FILE, "".join(json.dumps(r) + "\n" for r in records).encode())
+            self._board.flush()
+            self._upload()
+        except OSError as error:
+            self._note(f"the metrics of epoch {epoch + 1} could not be written ({error}): trying again later")
 
     def close(self) -> None:
-        """Finish the event file."""
+        """Write what is still to be written; of an object store the local copy goes."""
+        self._thread.shutdown()
         try:
             self._board.close()
             self._upload()
         except OSError as error:
             self._note(f"TensorBoard's file could not be finished ({error})")
+        if self._storage.local is None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _event(self, epoch: int, **what: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event

@@ -81,7 +81,7 @@ class _Run:
         _check_storage(storage, self.rank, self.world_size, 4 * self.trainer.nbytes)
         self.checkpoints = Checkpoints(storage, observer.note, safety.patience_s)
         saved = _agree(_together(self._latest))
-        self.meta: dict[str, Any] = {"epoch": 0, "step": 0, "seconds": 0.0, "baselines": None}
+        self.meta: dict[str, Any] = {"epoch": 0, "step": 0, "seconds": 0.0, "baselines": None, "records": []}
         if saved is not None:
             self.trainer.load(saved.tensors)
             self.meta = saved.meta
@@ -93,7 +93,7 @@ class _Run:
             self.meta["baselines"] = _agree(
                 baselines(config.model.likelihood, self.dataset) if self.rank == 0 else None
             )
-        self.recorder = metrics.Recorder(storage, self.meta["epoch"], observer.note) if self.rank == 0 else None
+        self.recorder = metrics.Recorder(storage, self.meta["records"], observer.note) if self.rank == 0 else None
         self.saved_at = self.asked_at = time.monotonic()
         self.endangered = False
 
@@ -176,12 +176,13 @@ class _Run:
             "seconds": seconds + time.perf_counter() - began,
         }
         trainer.sums.zero_()
-        self.meta |= {"epoch": epoch + 1, "seconds": record["seconds"], "val_loss": val["loss"], "metrics": record}
+        self.meta |= {"epoch": epoch + 1, "seconds": record["seconds"], "val_loss": val["loss"]}
+        self.meta["records"] = [*self.meta["records"], metrics.plain(record)]
         if self.recorder:
             shown = epoch % max(1, config.epochs // PICTURES) == 0 or epoch == config.epochs - 1
             self.recorder.record(record, self._pictures() if shown else {})
         self._save()
-        self.meta |= {"val_loss": None, "metrics": None}  # they are this checkpoint's, not those within the next epoch
+        self.meta |= {"val_loss": None}  # it is this checkpoint's, not that of those within the next epoch
         return record
 
     def _poll(self) -> bool:

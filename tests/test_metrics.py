@@ -49,6 +49,11 @@ def board(folder: Path) -> EventAccumulator:
     return events
 
 
+def finish(recorder: Recorder) -> None:
+    """Until what was recorded is written, without closing: a kill may come next."""
+    recorder._thread.submit(int).result()
+
+
 def next_second() -> None:
     """Event files are named by the second in which they begin."""
     time.sleep(1.01 - time.time() % 1)
@@ -64,9 +69,10 @@ def strict(line: str) -> Any:
 
 
 def test_a_line_of_json_for_each_epoch(tmp_path: Path) -> None:
-    recorder = Recorder(Storage(tmp_path), 0)
+    recorder = Recorder(Storage(tmp_path), [])
     for epoch in range(3):
         recorder.record(record(epoch), {})
+        finish(recorder)
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
         assert [strict(line) for line in lines] == [record(e) for e in range(epoch + 1)]
     recorder.close()
@@ -74,7 +80,7 @@ def test_a_line_of_json_for_each_epoch(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_none_are_still_json(tmp_path: Path) -> None:
-    recorder = Recorder(Storage(tmp_path), 0)
+    recorder = Recorder(Storage(tmp_path), [])
     recorder.record({"epoch": 0, "val_loss": math.nan, "train_loss": math.inf}, {})
     recorder.close()
     strict((tmp_path / "metrics.jsonl").read_text())
@@ -85,18 +91,18 @@ def test_nothing_recorded_yet(tmp_path: Path) -> None:
 
 
 def test_resume_drops_what_lies_beyond(tmp_path: Path) -> None:
-    recorder = Recorder(Storage(tmp_path), 0)
+    recorder = Recorder(Storage(tmp_path), [])
     for epoch in range(4):
         recorder.record(record(epoch), {})
     recorder.close()
-    resumed = Recorder(Storage(tmp_path), 2)
+    resumed = Recorder(Storage(tmp_path), [record(0), record(1)])
     resumed.record(record(2, run=1), {})
     resumed.close()
     assert read(Storage(tmp_path)) == [record(0), record(1), record(2, run=1)]
 
 
 def test_tensorboard_reads_what_was_recorded(tmp_path: Path) -> None:
-    recorder = Recorder(Storage(tmp_path), 0)
+    recorder = Recorder(Storage(tmp_path), [])
     for epoch in range(3):
         recorder.record(record(epoch), {"samples": picture(epoch)} if epoch != 1 else {})
     recorder.close()
@@ -115,9 +121,10 @@ def test_tensorboard_reads_what_was_recorded(tmp_path: Path) -> None:
 
 def test_tensorboard_sees_an_epoch_at_once(tmp_path: Path) -> None:
     """While the run goes on: nobody waits for its end to look at it, and what a kill leaves is complete."""
-    recorder = Recorder(Storage(tmp_path), 0)
+    recorder = Recorder(Storage(tmp_path), [])
     try:
         recorder.record(record(0), {f"picture-{i}": picture(i) for i in range(30)})
+        finish(recorder)
         events = board(tmp_path)
         assert [event.step for event in events.Scalars("val/loss")] == [0]
         assert [len(events.Images(f"picture-{i}")) for i in range(30)] == [1] * 30
@@ -127,12 +134,13 @@ def test_tensorboard_sees_an_epoch_at_once(tmp_path: Path) -> None:
 
 def test_no_epoch_appears_twice_after_a_resume(tmp_path: Path) -> None:
     """A run is killed after epoch 3, of which epochs 2 and 3 have no checkpoint, and goes on; and once more."""
-    killed = Recorder(Storage(tmp_path), 0)
+    killed = Recorder(Storage(tmp_path), [])
     for epoch in range(4):
         killed.record(record(epoch), {"samples": picture(epoch)})
+    finish(killed)
     for run, first in ((1, 2), (2, 3)):
         next_second()
-        resumed = Recorder(Storage(tmp_path), first)
+        resumed = Recorder(Storage(tmp_path), read(Storage(tmp_path))[:first])
         for epoch in range(first, 5):
             resumed.record(record(epoch, run), {"samples": picture(100 * run + epoch)})
         resumed.close()
@@ -149,22 +157,39 @@ def test_no_epoch_appears_twice_after_a_resume(tmp_path: Path) -> None:
     assert read(Storage(tmp_path)) == expected
 
 
+def test_what_only_the_checkpoint_knows_is_written_at_the_start(tmp_path: Path) -> None:
+    """A kill came after the checkpoint of epoch 2 and before its line, its curve and its successor."""
+    killed = Recorder(Storage(tmp_path), [])
+    killed.record(record(0), {})
+    finish(killed)
+    next_second()
+    Recorder(Storage(tmp_path), [record(0), record(1)]).close()
+    assert read(Storage(tmp_path)) == [record(0), record(1)]
+    assert [event.step for event in board(tmp_path).Scalars("val/loss")] == [0, 1]
+
+
+class Slow(Storage):
+    """Storage that answers late."""
+
+    def write(self, name: str, data: bytes) -> None:
+        time.sleep(0.5)
+        super().write(name, data)
+
+
+def test_slow_storage_does_not_hold_up_training(tmp_path: Path) -> None:
+    recorder = Recorder(Slow(tmp_path), [])
+    began = time.monotonic()
+    for epoch in range(4):
+        recorder.record(record(epoch), {})
+    assert time.monotonic() - began < 0.5
+    recorder.close()
+    assert read(Storage(tmp_path)) == [record(epoch) for epoch in range(4)]
+
+
 def test_resume_within_the_same_second_keeps_the_curves(tmp_path: Path) -> None:
     next_second()
     for epoch in range(2):
-        recorder = Recorder(Storage(tmp_path), epoch)
+        recorder = Recorder(Storage(tmp_path), [record(0)][:epoch])
         recorder.record(record(epoch), {})
         recorder.close()
     assert len(list(tmp_path.glob("events.*"))) == 2
-
-
-def test_events_of_a_remote_run_are_uploaded(tmp_path: Path) -> None:
-    """For storage that is no local path."""
-    recorder = Recorder(Storage(f"file://{tmp_path}"), 0)
-    recorder.record(record(0), {"samples": picture(0)})
-    assert list(tmp_path.glob("events.*"))  # the first epoch's already
-    recorder.record(record(1), {})
-    recorder.close()
-    assert [event.step for event in board(tmp_path).Scalars("val/loss")] == [0, 1]
-    assert len(board(tmp_path).Images("samples")) == 1
-    assert read(Storage(tmp_path)) == [record(0), record(1)]

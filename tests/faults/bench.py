@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dogvae import metrics
 from dogvae.checkpoint import Checkpoints
 from dogvae.config import Config, Safety
 from dogvae.dataset import Dataset
@@ -68,38 +70,44 @@ def _rank(rank: int, world_size: int, init: str, run: Callable[[int], None]) -> 
 
 
 class _Loop:
-    def __init__(self, config: Config, out: Path, stop_at: int | None, safety: Safety | None) -> None:
-        self.config, self.out, self.stop_at, self.safety = config, out, stop_at, safety
+    def __init__(self, config: Config, uri: str, stop_at: int | None, safety: Safety | None) -> None:
+        self.config, self.uri, self.stop_at, self.safety = config, uri, stop_at, safety
+        # The server that the ranks are forked from may be older than the keys to an object store.
+        self.keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
     def __call__(self, rank: int) -> None:
-        loop(self.config, Storage(self.out), torch.device("cpu"), StopAt(self.stop_at), self.safety)
+        os.environ.update(self.keys)
+        loop(self.config, Storage(self.uri), torch.device("cpu"), StopAt(self.stop_at), self.safety)
 
 
 def train(
-    config: Config, out: Path, world_size: int = 1, stop_at: int | None = None, safety: Safety | None = None
+    config: Config,
+    out: Path | Storage,
+    world_size: int = 1,
+    stop_at: int | None = None,
+    safety: Safety | None = None,
 ) -> None:
     """Run the loop on so many ranks, until its end or for `stop_at` steps."""
-    run = _Loop(config, out, stop_at, safety)
+    run = _Loop(config, out.uri if isinstance(out, Storage) else str(out), stop_at, safety)
     if world_size == 1:
         run(0)
         return
-    init = out.with_name(f"{out.name}.init")
-    init.unlink(missing_ok=True)
-    start_ranks(_rank, world_size, world_size, str(init), run)
+    with tempfile.TemporaryDirectory() as folder:
+        start_ranks(_rank, world_size, world_size, f"{folder}/init", run)
 
 
-def final(out: Path) -> dict[str, Tensor]:
+def final(out: Path | Storage) -> dict[str, Tensor]:
     """All tensors of the latest checkpoint."""
-    saved = Checkpoints(Storage(out)).latest()
+    saved = Checkpoints(out if isinstance(out, Storage) else Storage(out)).latest()
     assert saved is not None
     return saved.tensors
 
 
-def records(out: Path) -> list[dict[str, Any]]:
+def records(out: Path | Storage) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     clock = ("images_per_s", "data_wait", "seconds", "world_size")
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+    lines = metrics.read(out if isinstance(out, Storage) else Storage(out))
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:

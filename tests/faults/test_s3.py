@@ -1,17 +1,13 @@
-"""Runs on an object store: a real S3 server on this machine, interrupted, resumed, and gone for a while."""
+"""Runs on an object store: a real S3 server on this machine, interrupted, resumed, and silent for a while."""
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
+import tempfile
+import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
-from pyarrow.fs import FileSystem
 
 from dogvae import metrics
 from dogvae.checkpoint import Checkpoints
@@ -19,50 +15,15 @@ from dogvae.config import Safety
 from dogvae.storage import Storage
 from dogvae.train import loop
 from tests.faults.bench import StopAt, differing, final, job, train
+from tests.faults.conftest import Server
 
 CPU = torch.device("cpu")
 
 
-class Server:
-    """moto's S3, which keeps its objects in memory: stopped (SIGSTOP) it answers nobody, but forgets nothing."""
-
-    def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        script = Path(sys.executable).with_name("moto_server")
-        quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen([script, "-p", str(self.port)], stdout=quiet, stderr=quiet)
-        end = time.monotonic() + 60
-        while socket.socket().connect_ex(("127.0.0.1", self.port)):
-            assert time.monotonic() < end
-            time.sleep(0.1)
-
-    def uri(self, name: str) -> str:
-        options = f"endpoint_override=127.0.0.1:{self.port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-        return f"s3://dogs/{name}?{options}"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    running = Server()
-    yield running
-    running.process.kill()
-    running.process.wait()
-
-
-@pytest.fixture(autouse=True)
-def keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-
-
-def test_interrupted_and_resumed_on_s3(server: Server, dataset: Path, tmp_path: Path) -> None:
+def test_interrupted_and_resumed_on_s3(s3: Server, dataset: Path, tmp_path: Path) -> None:
     config = job(dataset)
     train(config, tmp_path / "whole")
-    FileSystem.from_uri(server.uri(""))[0].create_dir("dogs")
-    run = Storage(server.uri("runs")) / "run"
+    run = Storage(s3.uri("runs")) / "run"
     assert not loop(config, run, CPU, StopAt(20), Safety(checkpoint_steps=5))
     assert loop(config, run, CPU, StopAt())
     saved = Checkpoints(run).latest()
@@ -74,3 +35,40 @@ def test_interrupted_and_resumed_on_s3(server: Server, dataset: Path, tmp_path: 
     assert sum(name.startswith("events.") for name in names) == 2
     assert not [name for name in names if name.startswith(".probe")]
     assert len(run.names("checkpoints")) in (2, 3)
+    assert not list(Path(tempfile.gettempdir()).glob("dogvae-events-*"))
+
+
+class Silence(StopAt):
+    """Stops the server after some steps, and says how many more were made before it answered again."""
+
+    def __init__(self, server: Server, at: int, seconds: float) -> None:
+        super().__init__()
+        self._server, self._at, self._seconds, self._step = server, at, seconds, 0
+        self.meanwhile: int | None = None
+
+    def stopping(self) -> bool:
+        self._step += 1
+        if self._step == self._at:
+            self._server.stop()
+            threading.Timer(self._seconds, self._again).start()
+        time.sleep(0.02)
+        return False
+
+    def _again(self) -> None:
+        self.meanwhile = self._step - self._at
+        self._server.go_on()
+
+
+def test_storage_that_is_silent_for_a_while_does_not_stop_training(s3: Server, dataset: Path, tmp_path: Path) -> None:
+    """For 1.5 seconds, over the ends of epochs: training goes on all the time, and in the end nothing is missing."""
+    config = job(dataset, epochs=8)
+    train(config, tmp_path / "whole")
+    run = Storage(s3.uri("silent")) / "run"
+    observer = Silence(s3, at=20, seconds=1.5)
+    assert loop(config, run, CPU, observer, Safety(checkpoint_steps=5))
+    assert observer.meanwhile is not None
+    assert observer.meanwhile > 20  # more than an epoch and some checkpoints
+    saved = Checkpoints(run).latest()
+    assert saved is not None
+    assert differing(saved.tensors, final(tmp_path / "whole")) == []
+    assert [r["epoch"] for r in metrics.read(run)] == list(range(8))
