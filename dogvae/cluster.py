@@ -33,6 +33,21 @@ def connect(verbose: bool = False) -> str:
     )
 
 
+def choose_interface() -> None:
+    """Have gloo talk over the network that Ray does.
+
+    It would take the address that the host's own name stands for, which on many is a loopback one: others then knock
+    at their own door.
+    """
+    import psutil
+    import ray
+
+    mine = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == mine for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 @dataclass(frozen=True)
 class Workers:
     """How many ranks there are, each with `cpus` CPUs, and a GPU of its own if `gpu`."""

@@ -116,6 +116,14 @@ def launch(
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             hub.tell.remote("failure", {rank: _first_line(e) for rank, e in worker_exceptions.items()})
 
+    class Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(cluster.choose_interface)
+            super().on_start(worker_group, backend_config)
+
+    class Torch(TorchConfig):
+        backend_cls = Backend
+
     place, mark, options = storage.uri.partition("?")  # options of an object store, as pyarrow takes them
     head, _, name = place.rpartition("/")
     # At run time these are Train V2's classes, which keep what the workers return; type checkers see V1's.
@@ -124,7 +132,7 @@ def launch(
         train_loop_config={
             "config": config, "run": storage.uri, "hub": hub, "threads": workers.cpus, "safety": safety,
         },
-        torch_config=TorchConfig(timeout_s=GROUP_TIMEOUT_S),
+        torch_config=Torch(timeout_s=GROUP_TIMEOUT_S),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=workers.count,  # type: ignore[arg-type]
             use_gpu=workers.gpu,

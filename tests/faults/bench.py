@@ -24,7 +24,7 @@ from dogvae.train import Observer, loop
 from tests.conftest import start_ranks
 
 SIZE, TRAIN, VAL = 32, 100, 20
-EPOCHS = 40  # of the jobs that are killed from outside: long enough to be hit
+EPOCHS = 24  # of the jobs that are killed from outside: long enough to be hit
 
 
 def make_dataset(folder: Path) -> Path:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server:
     """moto's S3, which keeps its objects in memory."""
 
+    bucket = "dogs"
+
     def __init__(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -54,7 +57,7 @@ class Server:
 
     def uri(self, name: str) -> str:
         options = f"endpoint_override=127.0.0.1:{self.port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-        return f"s3://dogs/{name}?{options}"
+        return f"s3://{self.bucket}/{name}?{options}"
 
 
 @pytest.fixture(scope="session")
@@ -71,5 +74,6 @@ def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    FileSystem.from_uri(s3_server.uri(""))[0].create_dir("dogs")
+    s3_server.bucket = f"dogs-{uuid.uuid4().hex}"
+    FileSystem.from_uri(s3_server.uri(""))[0].create_dir(s3_server.bucket)
     return s3_server

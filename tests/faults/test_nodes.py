@@ -83,44 +83,37 @@ def newest_step(run: Path) -> int:
 
 
 @pytest.mark.slow
-def test_elastic_run_outlives_cut_cables_and_nodes_taken_away(
-    net: Net, dataset: Path, whole: Path, tmp_path: Path
-) -> None:
-    """--cpus 1:2 loses a node to silence, gets another, and loses that one after an announcement.
+def test_elastic_run_grows_and_outlives_a_node_that_goes(net: Net, dataset: Path, whole: Path, tmp_path: Path) -> None:
+    """--cpus 1:2 on one node gets a second one, which is then announced to go, and whose cable is cut.
 
-    Two workers, one, two, one: no epoch is missing or twice, and the losses are those of an undisturbed run.
+    One worker, two, one: no epoch is missing or twice, and the losses are those of an undisturbed run.
     """
     net.add()
-    second = net.add()
     typed = flags(job(dataset, epochs=EPOCHS * 20))  # long enough for all of it; stopped in the end
     typed[typed.index("--cpus") + 1] = "1:2"
     command = Command(tmp_path, *typed, address=net.address, inside=net.head.inside, env=ENV)
     try:
         run = tmp_path / "runs/run"
-        wait_until(lambda: world_sizes(run)[-1:] == [2], command, 120)
-        second.cut()
-        alone = wait_until(lambda: world_sizes(run)[-1:] == [1], command, 90)
-        third = net.add()
-        grown = wait_until(lambda: world_sizes(run)[-1:] == [2], command, 90)
+        wait_until(lambda: world_sizes(run)[-1:] == [1], command, 120)
+        second = net.add()
+        grown = wait_until(lambda: world_sizes(run)[-1:] == [2], command, 120)
         notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-        at = ["--address", net.address, "--node-id", net.id_of(third), "--deadline-remaining-seconds", "8"]
+        at = ["--address", net.address, "--node-id", net.id_of(second), "--deadline-remaining-seconds", "8"]
         net.head.ray("drain-node", *at, *notice)
         command.wait_for("a node is about to go", 30)
         time.sleep(2)
         saved = newest_step(run)
-        third.kill()
-        left = wait_until(lambda: world_sizes(run)[-1:] == [1], command, 90)
-        print(f"cut: an epoch alone after {alone:.1f} s; a new node: {grown:.1f} s; taken away: {left:.1f} s")
+        second.cut()
+        left = wait_until(lambda: world_sizes(run)[-1:] == [1], command, 120)
+        print(f"an epoch with the new node after {grown:.1f} s; one without it {left:.1f} s after it was cut off")
     finally:
         command.process.terminate()
         code = command.process.wait(60)
     assert code == 143, command.text()
-    assert alone < 45
-    steps = [
-        13 * (int(e) - 1) + int(s) for e, s in re.findall(r"going on in epoch (\d+) after step (\d+)", command.text())
-    ]
-    assert len(steps) >= 3
-    assert steps[-1] >= saved
+    went_on = re.findall(r"going on in epoch (\d+) after step (\d+), with (\d) worker", command.text())
+    assert [workers for _, _, workers in went_on] == ["2", "1"]
+    epoch, step, _ = map(int, went_on[-1])
+    assert 13 * (epoch - 1) + step >= saved
     lines = records(run)
     assert [r["epoch"] for r in lines] == list(range(len(lines)))
     for ours, theirs in zip(lines[:3], records(whole)[:3], strict=True):

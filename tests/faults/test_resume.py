@@ -11,28 +11,37 @@ from dogvae.console import UsageError
 from tests.faults.bench import differing, final, job, make_dataset, records, train
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("stop_at", [1, 5, 13, 14, 38, 51])
-def test_stopped_anywhere_and_resumed(dataset: Path, tmp_path: Path, norm: str, stop_at: int) -> None:
+@pytest.fixture(scope="module")
+def alone(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The job on one rank, uninterrupted, with either norm."""
+    out = {norm: tmp_path_factory.mktemp("alone") / norm for norm in ("batch", "group")}
+    for norm, path in out.items():
+        train(job(dataset, norm=norm), path)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("norm", "stop_at"), [("batch", n) for n in (1, 5, 13, 14, 38, 51)] + [("group", n) for n in (13, 38)]
+)
+def test_stopped_anywhere_and_resumed(
+    dataset: Path, alone: dict[str, Path], tmp_path: Path, norm: str, stop_at: int
+) -> None:
     """After the first step, within epochs, at their ends (13 steps each), before the very last step."""
     config = job(dataset, norm=norm)
-    train(config, tmp_path / "whole")
-    train(config, tmp_path / "parts", stop_at=stop_at)
-    assert len(records(tmp_path / "parts")) < config.epochs if (tmp_path / "parts/metrics.jsonl").exists() else True
-    train(config, tmp_path / "parts")
-    assert differing(final(tmp_path / "whole"), final(tmp_path / "parts")) == []
-    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    train(config, tmp_path, stop_at=stop_at)
+    assert len(records(tmp_path)) < config.epochs
+    train(config, tmp_path)
+    assert differing(final(alone[norm]), final(tmp_path)) == []
+    assert records(tmp_path) == records(alone[norm])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_stopped_and_resumed_on_several_ranks(dataset: Path, tmp_path: Path, world_size: int) -> None:
-    """Three ranks: sums of three depend on their order, which must not depend on how long a process has lived."""
+def test_stopped_and_resumed_on_three_ranks(dataset: Path, tmp_path: Path) -> None:
+    """Sums of three depend on their order, which must not depend on how long a process has lived."""
     config = job(dataset)
-    train(config, tmp_path / "whole", world_size)
-    for stop_at in (20, 9):
-        train(config, tmp_path / "parts", world_size, stop_at=stop_at)
-    train(config, tmp_path / "parts", world_size)
+    train(config, tmp_path / "whole", 3)
+    train(config, tmp_path / "parts", 3, stop_at=20)
+    train(config, tmp_path / "parts", 3)
     assert differing(final(tmp_path / "whole"), final(tmp_path / "parts")) == []
     for ours, theirs in zip(records(tmp_path / "parts"), records(tmp_path / "whole"), strict=True):
         # Of the epoch's sums rank 0 keeps those of all ranks until the interruption: the last digit may differ.
@@ -40,14 +49,13 @@ def test_stopped_and_resumed_on_several_ranks(dataset: Path, tmp_path: Path, wor
 
 
 @pytest.mark.slow
-def test_world_size_may_change_in_between(dataset: Path, tmp_path: Path) -> None:
+def test_world_size_may_change_in_between(dataset: Path, alone: dict[str, Path], tmp_path: Path) -> None:
     """1, then 3, then 2 ranks, changed within epochs: losses within 0.1% of those of one."""
     config = job(dataset)
-    train(config, tmp_path / "whole")
-    train(config, tmp_path / "parts", 1, stop_at=20)
-    train(config, tmp_path / "parts", 3, stop_at=9)
-    train(config, tmp_path / "parts", 2)
-    for ours, theirs in zip(records(tmp_path / "parts"), records(tmp_path / "whole"), strict=True):
+    train(config, tmp_path, 1, stop_at=20)
+    train(config, tmp_path, 3, stop_at=9)
+    train(config, tmp_path, 2)
+    for ours, theirs in zip(records(tmp_path), records(alone["batch"]), strict=True):
         for name in ("val_loss", "train_loss", "train_kl", "gradient_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3 if "loss" in name else 1e-2)
 
@@ -66,20 +74,17 @@ def test_scheduled_checkpoints_within_an_epoch(dataset: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_torn_checkpoint_is_passed_over(
-    dataset: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_torn_checkpoint_is_passed_over(dataset: Path, alone: dict[str, Path], tmp_path: Path, damage: str) -> None:
     config = job(dataset)
-    train(config, tmp_path / "whole")
-    train(config, tmp_path / "parts", stop_at=33)
-    newest = max((tmp_path / "parts/checkpoints").iterdir())
+    train(config, tmp_path, stop_at=33)
+    newest = max((tmp_path / "checkpoints").iterdir())
     data = bytearray(newest.read_bytes())
     if damage == "flipped":
         data[len(data) // 2] ^= 1
     newest.write_bytes({"truncated": bytes(data[: len(data) // 3]), "flipped": bytes(data), "empty": b""}[damage])
-    train(config, tmp_path / "parts")
-    assert differing(final(tmp_path / "whole"), final(tmp_path / "parts")) == []
-    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    train(config, tmp_path)
+    assert differing(final(alone["batch"]), final(tmp_path)) == []
+    assert records(tmp_path) == records(alone["batch"])
 
 
 def test_checkpoint_of_another_run_is_refused(dataset: Path, tmp_path: Path) -> None:

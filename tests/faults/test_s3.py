@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from dogvae import metrics
@@ -20,7 +21,10 @@ from tests.faults.conftest import Server
 CPU = torch.device("cpu")
 
 
-def test_interrupted_and_resumed_on_s3(s3: Server, dataset: Path, tmp_path: Path) -> None:
+def test_interrupted_and_resumed_on_s3(
+    s3: Server, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     config = job(dataset)
     train(config, tmp_path / "whole")
     run = Storage(s3.uri("runs")) / "run"
@@ -35,7 +39,7 @@ def test_interrupted_and_resumed_on_s3(s3: Server, dataset: Path, tmp_path: Path
     assert sum(name.startswith("events.") for name in names) == 2
     assert not [name for name in names if name.startswith(".probe")]
     assert len(run.names("checkpoints")) in (2, 3)
-    assert not list(Path(tempfile.gettempdir()).glob("dogvae-events-*"))
+    assert not list(tmp_path.glob("dogvae-events-*"))
 
 
 class Silence(StopAt):
