@@ -100,3 +100,22 @@ def plan(gpus: int | tuple[int, int] | None, cpus: int | tuple[int, int] | None)
         other = f"{flag} {have[kind]}" if have[kind] else f"--cpus {have['CPU']}"
         raise UsageError(f"{flag} {least}: the cluster has {have['GPU']} GPUs and {have['CPU']} CPUs; try {other}")
     return Workers(count, kind == "GPU")
+
+
+def slots(cpus: int, gpus: float) -> int:
+    """How many workers with so much each the nodes have room for, side by side."""
+    import ray
+
+    room = 0
+    for node in ray.nodes():
+        have = node["Resources"] if node["Alive"] else {}
+        by_cpu = int(have.get("CPU", 0) // cpus)
+        room += min(by_cpu, int(have.get("GPU", 0) / gpus + 1e-9)) if gpus else by_cpu
+    return room
+
+
+def has_gpus() -> bool:
+    """Whether the cluster has a GPU."""
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0) > 0

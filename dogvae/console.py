@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 PLAIN_INTERVAL_S = 10.0  # how often a log file hears of progress; a terminal is redrawn at once
 
@@ -90,3 +94,21 @@ class Progress:
             self._live.console.print(line, highlight=False, markup=False)
         else:
             say(line)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The stop signals received meanwhile; the first is only noted, the second ends the program at once."""
+    received: list[int] = []
+
+    def note(signum: int, frame: Any) -> None:
+        received.append(signum)
+        if len(received) > 1:
+            raise SystemExit(128 + signum)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -24,8 +24,8 @@ from dogvae.storage import Storage
 FOLDER = "export"
 
 
-def export(run: Storage, config: Config) -> Storage:
-    """Write `export/` of a run: model.safetensors, config.json, README.md, preview.png; config.json last."""
+def export(run: Storage, config: Config, folder: Storage | None = None) -> Storage:
+    """Write `folder`, by default `export/` of the run: model.safetensors, README.md, preview.png, config.json last."""
     best = Checkpoints(run).best()
     if best is None or best.meta["val_loss"] is None:
         raise UsageError(f"{run.uri} has no finished epoch to export: train it first")
@@ -41,7 +41,7 @@ def export(run: Storage, config: Config) -> Storage:
         "metrics": best.meta["records"][-1],
         "dogvae": __version__,
     }
-    folder = run / FOLDER
+    folder = folder or run / FOLDER
     folder.write("model.safetensors", safetensors.torch.save({k: v.contiguous() for k, v in weights.items()}))
     folder.write("preview.png", _preview(model, config))
     folder.write("README.md", _card(about).encode())

@@ -5,7 +5,12 @@ Of its own, without torch: the actor starts before the workers, and every second
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Hub:
@@ -31,3 +36,26 @@ class Hub:
     def stopping(self) -> bool:
         """Whether the run is to be saved and stopped."""
         return self._stopping
+
+
+def make_hub() -> Any:
+    """A hub on this node, which needs no CPU: the handle of its actor."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Hub).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def in_background(action: Callable[[], T]) -> Future[T]:
+    """Run what Ray would keep the main thread busy with: that one is to hear signals, and to end without waiting."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # noqa: BLE001  (whoever asks for the result gets it)
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

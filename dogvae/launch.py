@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +12,8 @@ import torch
 from dogvae import cluster
 from dogvae.cluster import Workers
 from dogvae.config import Config, Safety
-from dogvae.console import Progress, RunFailed, UsageError
-from dogvae.hub import Hub
+from dogvae.console import Progress, RunFailed, UsageError, stop_signals
+from dogvae.hub import in_background, make_hub
 from dogvae.storage import Storage
 from dogvae.train import Observer, loop
 
@@ -98,10 +94,30 @@ def launch(
     Returns None when it is done, or the signal (SIGINT, SIGTERM) that stopped it after a checkpoint. Raises UsageError
     and RunFailed as the workers do, and Ray's TrainingFailedError when more than `max_failures` workers were lost.
     """
-    import ray
+    hub = make_hub()
+    with stop_signals() as received, Progress("training", plain_interval_s=60) as line:
+        fit = start(config, storage, workers, safety, max_failures, verbose, hub)
+        _watch(hub, fit, received, line, config, max_failures)
+    how, message = fit.result()
+    if how == "mistake":
+        raise UsageError(message)
+    if how == "failed":
+        raise RunFailed(message)
+    return received[0] if how == "stopped" else None
+
+
+def start(
+    config: Config,
+    storage: Storage,
+    workers: Workers,
+    safety: Safety,
+    max_failures: int,
+    verbose: bool,
+    hub: Any,
+) -> Future[tuple[str, str]]:
+    """Begin training in the background. `hub` is told what happens; the result is how it ended: see `_worker`."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -109,8 +125,6 @@ def launch(
     if cluster.is_one_machine():
         # No node will go and leave others behind: one process less to start, before training and after each failure.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    hub: Any = ray.remote(Hub).options(num_cpus=0, scheduling_strategy=here).remote()
 
     class Failures(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -147,41 +161,8 @@ def launch(
             logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
         ),
     )  # fmt: skip
-    fit: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            fit.set_result(trainer.fit())
-        except BaseException as error:  # noqa: BLE001  (the main thread raises it)
-            fit.set_exception(error)
-
-    with _signals() as received, Progress("training", plain_interval_s=60) as line:
-        threading.Thread(target=run, daemon=True).start()  # a daemon: a second Ctrl-C does not wait for it
-        _watch(hub, fit, received, line, config, max_failures)
-    how, message = fit.result().return_value
-    if how == "mistake":
-        raise UsageError(message)
-    if how == "failed":
-        raise RunFailed(message)
-    return received[0] if how == "stopped" else None
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The stop signals received meanwhile; the first is only noted, the second ends the program at once."""
-    received: list[int] = []
-
-    def note(signum: int, frame: Any) -> None:
-        received.append(signum)
-        if len(received) > 1:
-            raise SystemExit(128 + signum)
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    fit: Any = trainer.fit
+    return in_background(lambda: fit().return_value)
 
 
 def _watch(hub: Any, fit: Future[Any], received: list[int], line: Progress, config: Config, max_failures: int) -> None:

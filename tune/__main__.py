@@ -1,0 +1,204 @@
+"""The search on the command line.
+
+python -m tune search --data dataset --trials 24     # which latent dimension, learning rate and sample count?
+python -m tune search --resume NAME                  # go on with a search that was interrupted
+python -m tune report NAME                           # the table and the picture, also while it runs
+python -m tune dashboard NAME                        # TensorBoard on all trials, in the browser
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from dogvae import cluster, flags, runs
+from dogvae.config import Config, check
+from dogvae.console import RunFailed, UsageError, say
+from tune.results import SCHEDULERS, SEARCHERS, Entry, Search, open_search
+from tune.space import DEFAULT, Space, parse_fixed
+
+
+def parser() -> flags.Parser:
+    """The command line, for --help and for the tests of the documentation."""
+    top = flags.Parser(prog="python -m tune", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    search = commands.add_parser("search", help="try settings side by side, and export the best model")
+    search.add_argument(
+        "--data", help="photos or a prepared dataset, as for train_distributed.py (default: drawn dogs)"
+    )
+    search.add_argument("--name", help="the search's name (default: from the data and the time)")
+    search.add_argument("--resume", metavar="NAME", help="go on with that search; --trials may be raised")
+    search.add_argument("--trials", type=int, help="settings to try (default: 12)")
+    search.add_argument("--epochs", type=int, help="the most that a trial trains (default: the preset's)")
+    search.add_argument(
+        "--search", action="append", default=[], metavar="NAME=DOMAIN",
+        help="a setting to search, as choice(A,B), uniform(LOW,HIGH), loguniform(LOW,HIGH) or randint(LOW,HIGH); "
+        f"repeatable (default: {' '.join(DEFAULT)})",
+    )  # fmt: skip
+    search.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="fixed",
+        help="a setting of all trials, such as width=32 or preset=small; repeatable",
+    )  # fmt: skip
+    search.add_argument("--searcher", help="random, or optuna, which learns from the losses (default: random)")
+    search.add_argument(
+        "--scheduler", help="asha ends the worse two thirds early, pbt mutates the better, none (default: asha)"
+    )
+    search.add_argument("--seed", type=int, help="everything random is drawn from it (default: 0)")
+    search.add_argument("--time-budget", type=flags.duration, metavar="TIME", help="stop then, as by Ctrl-C: 30m, 2h")
+    search.add_argument("--gpus-per-trial", type=float, metavar="N", help="of a worker; fractions share a GPU")
+    search.add_argument("--cpus-per-trial", type=int, metavar="N", help="of a worker (default: 1)")
+    search.add_argument("--workers-per-trial", type=int, metavar="K", help="train each trial on K workers (default: 1)")
+    search.add_argument("--dry-run", action="store_true", help="print the plan and the first settings, and stop")
+    for name, text in (
+        ("report", "the ranked table, and a picture that answers at a glance"),
+        ("dashboard", "TensorBoard on a search, in the browser"),
+    ):
+        commands.add_parser(name, help=text).add_argument("name", metavar="NAME", help="the search's name")
+    commands.choices["dashboard"].add_argument("--port", type=int, default=0, help="(default: one that is free)")
+    for command in commands.choices.values():
+        command.add_argument("--runs", default="runs", help="where searches are kept, beside runs (default: runs)")
+        command.add_argument("--verbose", action="store_true", help="Ray's own log; tracebacks")
+    return top
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parser().parse_args(argv)
+    if args.command == "report":
+        from tune import report
+
+        found = open_search(args.runs, args.name)
+        report.write(found)
+        report.show(found)
+        return 0
+    if args.command == "dashboard":
+        from tune.dashboard import dashboard
+
+        return dashboard(open_search(args.runs, args.name), args.port)
+    return search(args)
+
+
+def search(args: argparse.Namespace) -> int:
+    """`python -m tune search`."""
+    check_flags(args)
+    name, data = args.resume or args.name, args.data or runs.DRAWN
+    known: list[Entry] = []
+    old: Search | None = None
+    if args.resume:
+        old = open_search(args.runs, name)
+        storage = old.storage
+        known = [Entry(t.number, t.name, t.setting, t.state, t.reason) for t in old.trials]
+    else:
+        fixed = parse_fixed(args.fixed)
+        space = Space.parse(args.search, fixed)
+        settings: dict[str, Any] = {"seed": args.seed or 0, **fixed}
+        if args.data is None:
+            settings = {"preset": "small", **settings}
+        if args.epochs is not None:
+            settings["epochs"] = args.epochs
+        config = Config.make(data=data, **settings)
+        name = name or runs.default_name(f"{data.rstrip('/').rsplit('/', 1)[-1].split('.')[0]}-search")
+        storage = runs.open_new(args.runs, name)
+        runs.check_data(data, None, None, None)
+
+    from tune.search import Plan, run, save  # Ray Tune: seconds
+
+    say(cluster.connect(args.verbose))
+    if old is not None:
+        plan = Plan.from_about(old.about, storage.uri)
+        if args.trials is not None and args.trials < plan.trials:
+            raise UsageError(f"--trials: this search has {plan.trials}, which {args.trials} would take back")
+        plan = replace(plan, trials=args.trials or plan.trials)
+    else:
+        gpus = float(cluster.has_gpus()) if args.gpus_per_trial is None else args.gpus_per_trial
+        plan = Plan(
+            space=space, config=config, trials=args.trials or 12, searcher=args.searcher or "random",
+            scheduler=args.scheduler or "asha", seed=args.seed or 0, workers=args.workers_per_trial or 1,
+            cpus=args.cpus_per_trial or 1, gpus=gpus,
+        )  # fmt: skip
+    at_once = cluster.slots(plan.cpus, plan.gpus) // plan.workers
+    if at_once < 1:
+        each = f"{plan.workers} worker{'s' * (plan.workers > 1)} of {plan.cpus} CPUs and {plan.gpus:g} GPUs"
+        raise UsageError(
+            f"--cpus-per-trial, --gpus-per-trial, --workers-per-trial: a trial of {each} never fits into this cluster"
+        )
+    if args.dry_run:
+        from tune.settings import Settings
+
+        shown = [Settings(plan.space, plan.seed, known).draw(n) for n in range(min(5, plan.trials))]
+        say(f"{plan.to_json()}{at_once} at once; the first settings:\n" + "\n".join(map(str, shown)))
+        return 0
+    if old is None:
+        dataset = runs.find_data(data, args.runs, None, None, None)
+        say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
+        filled = plan.config.for_data(str(dataset.path), dataset.fingerprint, dataset.size, len(dataset.train))
+        plan = replace(plan, config=filled)
+    save(storage, plan, known)
+    say(f"{storage.uri}: {plan.trials} trials of at most {plan.config.epochs} epochs, {at_once} at a time")
+    where = "" if args.runs == "runs" else f" --runs {shlex.quote(args.runs)}"
+    say(f"watch it: python -m tune dashboard {name}{where}")
+    stopped = run(storage, plan, known, at_once, args.time_budget)
+    finish(open_search(args.runs, name), name, where)
+    if stopped is None:
+        return 0
+    say(f"stopped; to go on: python -m tune search --resume {name}{where}")
+    return 128 + stopped if stopped else 0
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """UsageError for flags of a search that contradict each other or are out of range."""
+    for name, kind, limits in (
+        ("trials", int, {"low": 1, "high": 100_000}),
+        ("epochs", int, {"low": 1}),
+        ("seed", int, {"low": 0, "high": 2**32 - 1}),
+        ("searcher", str, {"choices": SEARCHERS}),
+        ("scheduler", str, {"choices": SCHEDULERS}),
+        ("gpus_per_trial", float, {"low": 0}),
+        ("cpus_per_trial", int, {"low": 1}),
+        ("workers_per_trial", int, {"low": 1}),
+    ):
+        value = getattr(args, name)
+        if value is not None:
+            check(name, value, kind, limits)
+    gpus = args.gpus_per_trial or 0
+    if gpus > 1 or (gpus % 1 and (args.workers_per_trial or 1) > 1):
+        raise UsageError("--gpus-per-trial: a worker has one GPU or a part of one; for more, --workers-per-trial 4")
+    if args.scheduler == "pbt" and (args.workers_per_trial or 1) > 1:
+        raise UsageError("--scheduler pbt: takes trials of one worker; leave out --workers-per-trial")
+    if args.resume:
+        kept = ("data", "name", "epochs", "searcher", "scheduler", "seed", "gpus_per_trial", "cpus_per_trial")
+        for name in (*kept, "workers_per_trial", "search", "fixed"):
+            if getattr(args, name):
+                flag = "--set" if name == "fixed" else "--" + name.replace("_", "-")
+                raise UsageError(f"{flag}: a resumed search keeps what it began with; leave it out")
+
+
+def finish(found: Search, name: str, where: str) -> None:
+    """The table, the picture, the best model, and what to type next."""
+    from dogvae.export import FOLDER as EXPORT
+    from dogvae.export import export
+    from tune import report
+    from tune.results import FOLDER, counts, rows
+
+    report.write(found)
+    table = rows(found)
+    if not table or not counts(table[0]):
+        report.show(found)
+        raise RunFailed("no trial has finished an epoch: see the reasons above, or train one setting by itself first")
+    best = next(trial for trial in found.trials if trial.number == table[0]["trial"])
+    run = found.storage / f"{FOLDER}/{best.name}"
+    config = Config.from_json(run.read(runs.CONFIG).decode(), run.uri)
+    folder = export(run, config, found.storage / EXPORT)
+    report.show(found)
+    say(f"""
+the model   {folder.uri}
+next        python -m tune dashboard {name}{where}
+            dogvae sample {folder.uri} -n 64 -o samples.png
+            python train_distributed.py{where} --from-search {name} --epochs {10 * config.epochs}""")
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(main))

@@ -1,0 +1,203 @@
+"""The search itself: trials side by side under Ray Tune, watched, interrupted and taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
+
+from dogvae.config import Config, ModelConfig, fields_of
+from dogvae.console import UsageError
+from dogvae.hub import in_background, make_hub
+from dogvae.storage import Storage
+from tune.board import experiment
+from tune.results import ABOUT, FOLDER, FORMAT, TRIALS, VERSION, Entry
+from tune.settings import searcher
+from tune.space import Space
+from tune.trial import Job, run_trial
+from tune.view import View
+
+SCRATCH = ".tune"  # Tune's own folder; nothing in it is needed again
+RETRIES = 2  # of a trial whose process died
+# Tune's own loggers would write every number twice; our signals are handled by us; a trial's thread ends after its
+# checkpoint is written.
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search is, as search.json keeps it."""
+
+    space: Space
+    config: Config
+    """Of every trial, but for what is searched; the dataset is part of it."""
+    trials: int
+    searcher: str
+    scheduler: str
+    seed: int
+    workers: int
+    cpus: int
+    gpus: float
+    """Of each worker."""
+
+    def to_json(self) -> str:
+        about = {name: getattr(self, name) for name in ("trials", "searcher", "scheduler", "seed")}
+        about |= {"workers": self.workers, "cpus": self.cpus, "gpus": self.gpus}
+        what = {"space": self.space.to_json(), "config": self.config.to_dict()}
+        return json.dumps({"format": FORMAT, "version": VERSION, **about, **what}, indent=2) + "\n"
+
+    @staticmethod
+    def from_about(about: dict[str, Any], where: str) -> Plan:
+        """The plan that search.json holds; UsageError if it is damaged."""
+        try:
+            names = ("trials", "searcher", "scheduler", "seed", "workers", "cpus", "gpus")
+            space, config = Space.from_json(about["space"]), Config.make_nested(about["config"])
+            return Plan(space, config, **{name: about[name] for name in names})
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"{where}/{ABOUT} is damaged ({error}): search anew under another name") from error
+
+
+def save(storage: Storage, plan: Plan, entries: Sequence[Entry]) -> None:
+    """Write what a search is and how its trials stand; search.json last, it makes the folder a search."""
+    storage.write(TRIALS, (json.dumps([asdict(entry) for entry in entries], indent=1) + "\n").encode())
+    storage.write(ABOUT, plan.to_json().encode())
+
+
+def run(storage: Storage, plan: Plan, known: Sequence[Entry], at_once: int, budget_s: float | None) -> int | None:
+    """Run the trials, `at_once` side by side; `known` are those of earlier attempts.
+
+    Returns None when all have ended, a signal that stopped the search, or 0 if its time was up; then the trials that
+    ran are saved, and another attempt goes on with them.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    experiment(storage / FOLDER, plan.space)
+    hub = make_hub()
+    job = Job(
+        search=storage.uri,
+        config=plan.config,
+        workers=plan.workers,
+        cpus=plan.cpus,
+        gpus=plan.gpus,
+        ended=frozenset(entry.name for entry in known if entry.state in ("done", "stopped")),
+        population=plan.scheduler == "pbt",
+        hub=hub,
+    )
+    view = View(plan.trials, plan.config.epochs, list(plan.space.domains), known)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, job=job), _resources(plan)),
+        tune_config=tune.TuneConfig(
+            metric="loss",
+            mode="min",
+            num_samples=plan.trials,
+            search_alg=searcher(plan.searcher, plan.space, plan.seed, known),
+            scheduler=_scheduler(plan),
+            max_concurrent_trials=at_once,
+            reuse_actors=True,  # the next trial starts in the process of the last: imports take longer than epochs
+            trial_dirname_creator=lambda trial: trial.config["name"],
+        ),
+        run_config=tune.RunConfig(
+            name=SCRATCH,
+            storage_path=storage.uri,
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+            callbacks=[_Watch(view, storage, plan)],
+            stop=_Stop(view),
+            verbose=0,
+        ),
+    )
+    return view.follow(in_background(tuner.fit), hub, budget_s)
+
+
+def _resources(plan: Plan) -> dict[str, float]:
+    """What Tune sets aside for a trial; workers of Ray Train ask for their own."""
+    if plan.workers > 1:
+        return {"CPU": 0.0}
+    return {"CPU": float(plan.cpus), "GPU": plan.gpus}
+
+
+def _scheduler(plan: Plan) -> TrialScheduler | None:
+    epochs = plan.config.epochs
+    if plan.scheduler == "asha":
+        # Successive halving, asynchronously (Li et al. 2020): of the trials that reached a rung, a third goes on.
+        return ASHAScheduler("epochs", max_t=epochs, grace_period=max(1, epochs // 6), reduction_factor=3)
+    if plan.scheduler == "pbt":
+        shape = {name for name, _, _ in fields_of(ModelConfig)}  # weights of another shape cannot be taken over
+        mutable = {name: d.as_tune() for name, d in plan.space.domains.items() if name not in shape}
+        return PopulationBasedTraining(
+            "epochs", perturbation_interval=max(1, epochs // 6), hyperparam_mutations={"setting": mutable}
+        )
+    return None
+
+
+class _Watch(tune.Callback):
+    """Tells the view what happens, and writes trials.json whenever a trial changes its state."""
+
+    def __init__(self, view: View, storage: Storage, plan: Plan) -> None:
+        self._view, self._storage, self._plan = view, storage, plan
+        self._numbers: dict[str, int] = {}
+
+    @contextmanager
+    def _entry(self, trial: Any) -> Iterator[Entry]:
+        number = self._numbers.setdefault(trial.trial_id, trial.config["number"])  # population based training swaps it
+        known = self._view.entries.get(number) or Entry(number, trial.config["name"], {})
+        yield replace(known, setting=trial.config["setting"])
+
+    def _set(self, entry: Entry, **changes: Any) -> None:
+        before = self._view.entries.get(entry.number)
+        after = replace(entry, **changes)
+        self._view.entries[entry.number] = after
+        if after != before:
+            save(self._storage, self._plan, [self._view.entries[n] for n in sorted(self._view.entries)])
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        with self._entry(trial) as entry:
+            if entry.state not in ("done", "stopped"):
+                self._set(entry, state="running", reason="")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        with self._entry(trial) as entry:
+            if "record" in result:
+                self._view.record(entry.number, result["record"])
+            if "state" in result:
+                self._set(entry, state=result["state"], reason=result.get("reason", ""))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        with self._entry(trial) as entry:
+            if entry.state == "running":
+                all_done = self._view.epochs_of(entry.number) >= self._plan.config.epochs
+                self._set(entry, state="done" if all_done else "stopped")
+        self._view.ended(entry.number)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        with self._entry(trial) as entry:
+            lines = str(trial.get_error() or "its process died").strip().splitlines()
+            self._set(entry, state="failed", reason=lines[-1])
+        self._view.ended(entry.number)
+
+
+class _Stop(tune.Stopper):
+    """Ends the search once it is to stop and no trial is at work any more."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._view.stopping and not self._view.at_work()

@@ -1,0 +1,187 @@
+"""One trial of a search: the same training loop as everywhere, told to Ray Tune epoch by epoch.
+
+A trial is a run, with a folder, checkpoints and metrics of its own. Whoever takes the search up again starts every
+trial again: one that has ended only tells its epochs once more, any other goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dogvae import metrics
+from dogvae.checkpoint import FOLDER as CHECKPOINTS
+from dogvae.checkpoint import Checkpoints
+from dogvae.cluster import Workers
+from dogvae.config import Config, Safety
+from dogvae.console import RunFailed, UsageError
+from dogvae.hub import make_hub
+from dogvae.launch import start
+from dogvae.runs import save_config
+from dogvae.storage import Storage
+from dogvae.train import Observer, loop
+from tune.board import hparams
+from tune.results import FOLDER
+from tune.space import label
+
+POLL_S = 0.5  # between two questions whether the search is to stop
+WRITER = "writer.json"  # in Tune's checkpoints, which population based training wants: whose it is
+
+
+def name_of(number: int, setting: Mapping[str, Any]) -> str:
+    """What a trial's folder is called, and TensorBoard's run: `03-latent_dim16-lr0.0021-samples3`."""
+    return f"{number:02d}-{label(setting)}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all trials of a search share."""
+
+    search: str
+    """Where the search is stored."""
+    config: Config
+    """What the settings of a trial are put into."""
+    workers: int
+    cpus: int
+    gpus: float
+    """Of each worker."""
+    ended: frozenset[str]
+    """The names of the trials of an earlier attempt that need no more training."""
+    population: bool
+    """Whether trials take over each other's state."""
+    hub: Any
+
+
+class _TuneObserver(Observer):
+    """Tells Tune each epoch, and ends the training when Tune, or the user, has had enough."""
+
+    def __init__(self, hub: Any, writer: str | None) -> None:
+        self._hub, self._writer = hub, writer
+        self._asked, self._wanted = time.monotonic(), False
+        self.ended = False
+        """Tune has ended this trial."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        if not self.ended:
+            try:
+                report(record, self._writer)
+            except SystemExit:  # raised again once the checkpoint is on the storage
+                self.ended = True
+
+    def stopping(self) -> bool:
+        now = time.monotonic()
+        if now - self._asked >= POLL_S:
+            self._asked, self._wanted = now, wants_to_stop(self._hub)
+        return self.ended or self._wanted
+
+
+def wants_to_stop(hub: Any) -> bool:
+    """Whether the search is to be interrupted."""
+    import ray
+
+    return ray.get(hub.stopping.remote())
+
+
+def report(record: Mapping[str, Any], writer: str | None = None) -> None:
+    """Tell Tune an epoch, and wait for its word; SystemExit if that is to end. With `writer`, a checkpoint is his."""
+    from ray import tune
+
+    loss = record["val_loss"]
+    told = {"epochs": record["epoch"] + 1, "record": dict(record)}
+    told["loss"] = loss if loss is not None and math.isfinite(loss) else math.inf
+    if writer is None:
+        tune.report(told)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / WRITER).write_text(json.dumps(writer))
+        tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def run_trial(given: dict[str, Any], job: Job) -> None:
+    """What Tune calls for every trial: `given` has its `setting`, and Tune's own folder its name."""
+    from ray import tune
+
+    name, setting = Path(tune.get_context().get_trial_dir()).name, given["setting"]
+    storage = Storage(job.search) / FOLDER / name
+    torch.set_num_threads(max(1, job.cpus))
+    for record in metrics.read(storage):
+        report(record)
+    if name in job.ended:
+        return
+    if wants_to_stop(job.hub):
+        tune.report({"state": "waiting"})
+        return
+    config = job.config.replace(**setting)
+    observer = _TuneObserver(job.hub, name if job.population else None)
+    try:
+        if job.population:
+            _take_over(job, name, storage, config)
+        save_config(storage, config)
+        hparams(storage, name, setting)
+        train = _distributed if job.workers > 1 else _alone
+        done = train(job, config, storage, observer)
+    except (UsageError, RunFailed, torch.OutOfMemoryError) as error:
+        tune.report({"state": "failed", "reason": str(error).splitlines()[0]})
+        return
+    if observer.ended:
+        raise SystemExit
+    if not done:
+        tune.report({"state": "waiting"})
+
+
+def _alone(job: Job, config: Config, storage: Storage, observer: _TuneObserver) -> bool:
+    return loop(config, storage, torch.device("cuda" if job.gpus else "cpu"), observer)
+
+
+def _distributed(job: Job, config: Config, storage: Storage, observer: _TuneObserver) -> bool:
+    """Ray Train within the trial: what its workers tell goes to Tune."""
+    import ray
+
+    hub = make_hub()
+    workers = Workers(job.workers, gpu=bool(job.gpus), cpus=job.cpus)
+    fit = start(config, storage, workers, Safety(), max_failures=3, verbose=False, hub=hub)
+    asked = False
+    while True:
+        ended = fit.done()
+        for kind, *payload in ray.get(hub.take.remote()):
+            if kind == "epoch":
+                observer.epoch(*payload)
+        if ended:
+            break
+        if observer.stopping() and not asked:
+            asked = True
+            hub.stop.remote()
+        time.sleep(0.1)
+    how, message = fit.result()
+    if how in ("mistake", "failed"):
+        raise RunFailed(message)
+    return how == "done"
+
+
+def _take_over(job: Job, name: str, storage: Storage, config: Config) -> None:
+    """Go on from the state of another trial, if Tune says so: its weights and its past, with a setting of our own."""
+    from ray import tune
+
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None:
+        return
+    with checkpoint.as_directory() as folder:
+        writer = json.loads((Path(folder) / WRITER).read_text())
+    if writer == name:
+        return
+    saved = Checkpoints(Storage(job.search) / FOLDER / writer).latest()
+    if saved is None:
+        return
+    for old in storage.names(CHECKPOINTS):
+        storage.delete(f"{CHECKPOINTS}/{old}")
+    ours = Checkpoints(storage)
+    ours.save(saved.tensors, {**saved.meta, "config": config.to_dict()})
+    ours.wait()
