@@ -16,6 +16,7 @@ from dogvae import cluster, flags, runs
 from dogvae.config import Config
 from dogvae.console import say
 from dogvae.storage import Storage
+from tune.results import best_run, open_search
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,8 +25,9 @@ def main(argv: Sequence[str]) -> int:
     safety = flags.safety(args)
     settings = flags.given(args)
     data = args.data or runs.DRAWN
-    name = args.name or runs.default_name(data)
-    if args.data is None and not args.resume:
+    name = args.name or runs.default_name(args.from_search or data)
+    is_new = not (args.resume or args.from_search)
+    if args.data is None and is_new:
         settings = {"preset": "small", **settings}
     config = Config.make(data=data, **settings)  # mistakes are told before anything slow is imported
     if args.resume:
@@ -36,19 +38,25 @@ def main(argv: Sequence[str]) -> int:
             return 0
     else:
         storage = runs.open_new(args.runs, name)
-        runs.check_data(data, settings.get("image_size"), args.crop, args.val_fraction)
+        if args.from_search:
+            source, config = best_run(open_search(args.runs, args.from_search))
+            config = runs.check_copy(source, config, settings)
+        else:
+            runs.check_data(data, settings.get("image_size"), args.crop, args.val_fraction)
     say(cluster.connect(args.verbose))
     workers = cluster.plan(args.gpus, args.cpus)
     if args.dry_run:
         say(json.dumps({"run": storage.uri, "workers": str(workers), **config.to_dict()}, indent=2))
         return 0
-    if not args.resume:
+    if is_new:
         dataset = runs.find_data(data, args.runs, settings.get("image_size"), args.crop, args.val_fraction)
         say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
         config = config.for_data(str(dataset.path), dataset.fingerprint, dataset.size, len(dataset.train))
 
     from dogvae.launch import launch
 
+    if args.from_search:
+        runs.copy_checkpoints(source, storage)
     runs.save_config(storage, config)
     say(f"{storage.uri}: {config.epochs} epochs on {workers}")
     if signum := launch(config, storage, workers, safety, args.max_failures, args.verbose):

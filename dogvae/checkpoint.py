@@ -20,9 +20,9 @@ import safetensors.torch
 from torch import Tensor
 
 from dogvae.console import RunFailed, warn
+from dogvae.runs import CHECKPOINTS
 from dogvae.storage import Storage
 
-FOLDER = "checkpoints"
 KEEP_LATEST = 2  # the newest, and the one before it should the newest turn out to be torn
 LONGEST_PAUSE_S = 30.0
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.safetensors")
@@ -50,7 +50,7 @@ class Checkpoints:
     """
 
     def __init__(self, storage: Storage, note: Callable[[str], None] = warn, patience_s: float = 600.0) -> None:
-        self._storage = storage / FOLDER
+        self._storage = storage / CHECKPOINTS
         self._note = note
         self._patience_s = patience_s
         self._thread = ThreadPoolExecutor(1)

@@ -38,6 +38,11 @@ def training_parser(description: str | None) -> Parser:
     run.add_argument("--name", help="the run's name (default: from the data and the time)")
     run.add_argument("--resume", action="store_true", help="go on with the run called --name")
     run.add_argument(
+        "--from-search",
+        metavar="SEARCH",
+        help="go on with the best trial of a search, in a run of its own, to --epochs",
+    )
+    run.add_argument(
         "--dry-run", action="store_true", help="print the full configuration and what it would use, and stop"
     )
     run.add_argument("--verbose", action="store_true", help="Ray's own log; tracebacks")
@@ -87,8 +92,10 @@ def check_training(args: argparse.Namespace) -> None:
         check("val_fraction", args.val_fraction, float, {"above": 0, "high": 0.9})
     if args.crop is not None:
         check("crop", args.crop, str, {"choices": CROPS})
-    if args.resume and (args.val_fraction is not None or args.crop is not None):
-        raise UsageError("--resume: the data are prepared already; leave out --val-fraction and --crop")
+    if args.from_search and (args.resume or args.data):
+        raise UsageError("--from-search: its run is a new one, on the search's data; leave out --resume and --data")
+    if (args.resume or args.from_search) and (args.val_fraction is not None or args.crop is not None):
+        raise UsageError("--val-fraction, --crop: the data of this run are prepared already; leave them out")
 
 
 def span(text: str) -> int | tuple[int, int]:

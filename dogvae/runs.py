@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dogvae.dataset import Dataset
 
 CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
 CACHE = ".datasets"  # below the runs, hidden: no run can be called so
 DRAWN = "drawn:2000"  # what a run without --data learns from
 
@@ -62,16 +63,36 @@ def open_old(runs: str, name: str | None, settings: dict[str, Any], data: str | 
         config = Config.from_json(storage.read(CONFIG).decode(), f"{storage.uri}/{CONFIG}")
     except FileNotFoundError as error:
         raise UsageError(f"--resume: there is no run {storage.uri}; leave --resume out to start it") from error
-    known = config.flat()
-    for setting, value in settings.items():
-        if setting != "epochs" and value != known[setting]:
-            flag = "--" + setting.replace("_", "-")
-            raise UsageError(f"{flag}: this run has {known[setting]}, not {value}; a resumed run keeps its settings")
+    _check_kept(config, settings)
     if data is not None:
         settings = {**settings, "data": str(Path(data).absolute())}
         if read_manifest(Path(data))["fingerprint"] != config.fingerprint:
             raise UsageError(f"--data: {data} is not what this run was trained on (its fingerprint differs)")
     return storage, config.replace(**settings)
+
+
+def _check_kept(config: Config, settings: dict[str, Any]) -> None:
+    """UsageError for a setting that a run which goes on cannot have otherwise than before."""
+    known = config.flat()
+    for setting, value in settings.items():
+        if setting != "epochs" and value != known[setting]:
+            flag = "--" + setting.replace("_", "-")
+            raise UsageError(f"{flag}: this run has {known[setting]}, not {value}; a resumed run keeps its settings")
+
+
+def check_copy(source: Storage, config: Config, settings: dict[str, Any]) -> Config:
+    """The config of a new run that is to go on where `source` is; only `epochs` may differ, and must be more."""
+    _check_kept(config, settings)
+    done, epochs = len(metrics.read(source)), settings.get("epochs", config.epochs)
+    if epochs <= done:
+        raise UsageError(f"--epochs: {source.uri} has done {done} epochs already, and {epochs} are no more")
+    return config.replace(**settings)
+
+
+def copy_checkpoints(source: Storage, storage: Storage) -> None:
+    """Give a new run the state of another."""
+    for name in source.names(CHECKPOINTS):
+        storage.write(f"{CHECKPOINTS}/{name}", source.read(f"{CHECKPOINTS}/{name}"))
 
 
 def check_data(data: str, image_size: int | None, crop: str | None, val_fraction: float | None) -> None:
@@ -107,7 +128,7 @@ def is_finished(storage: Storage, config: Config) -> bool:
     records = metrics.read(storage)
     if not records or records[-1]["epoch"] + 1 < config.epochs:
         return False
-    return any(name.startswith(f"step-{records[-1]['step']:09d}-") for name in storage.names("checkpoints"))
+    return any(name.startswith(f"step-{records[-1]['step']:09d}-") for name in storage.names(CHECKPOINTS))
 
 
 def save_config(storage: Storage, config: Config) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from dogvae import cluster, flags, runs
 from dogvae.config import Config, check
 from dogvae.console import RunFailed, UsageError, say
-from tune.results import SCHEDULERS, SEARCHERS, Entry, Search, open_search
+from tune.results import SCHEDULERS, SEARCHERS, Entry, Search, best_run, open_search
 from tune.space import DEFAULT, Space, parse_fixed
 
 
@@ -141,7 +141,7 @@ def search(args: argparse.Namespace) -> int:
     where = "" if args.runs == "runs" else f" --runs {shlex.quote(args.runs)}"
     say(f"watch it: python -m tune dashboard {name}{where}")
     stopped = run(storage, plan, known, at_once, args.time_budget)
-    finish(open_search(args.runs, name), name, where)
+    finish(open_search(args.runs, name), name, where, interrupted=stopped is not None)
     if stopped is None:
         return 0
     say(f"stopped; to go on: python -m tune search --resume {name}{where}")
@@ -176,21 +176,20 @@ def check_flags(args: argparse.Namespace) -> None:
                 raise UsageError(f"{flag}: a resumed search keeps what it began with; leave it out")
 
 
-def finish(found: Search, name: str, where: str) -> None:
+def finish(found: Search, name: str, where: str, interrupted: bool) -> None:
     """The table, the picture, the best model, and what to type next."""
     from dogvae.export import FOLDER as EXPORT
     from dogvae.export import export
     from tune import report
-    from tune.results import FOLDER, counts, rows
 
     report.write(found)
-    table = rows(found)
-    if not table or not counts(table[0]):
+    try:
+        run, config = best_run(found)
+    except UsageError as error:
         report.show(found)
-        raise RunFailed("no trial has finished an epoch: see the reasons above, or train one setting by itself first")
-    best = next(trial for trial in found.trials if trial.number == table[0]["trial"])
-    run = found.storage / f"{FOLDER}/{best.name}"
-    config = Config.from_json(run.read(runs.CONFIG).decode(), run.uri)
+        if interrupted:
+            return
+        raise RunFailed(f"{error}; see the reasons above, or train one setting by itself first") from error
     folder = export(run, config, found.storage / EXPORT)
     report.show(found)
     say(f"""

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dogvae import metrics
+from dogvae.config import Config
 from dogvae.console import UsageError
 from dogvae.runs import CONFIG, check_name
 from dogvae.storage import Storage
@@ -258,3 +259,13 @@ def pareto(rows: list[Row]) -> list[Row]:
         if not front or row["loss"] < front[-1]["loss"] or equal:
             front.append(row)
     return front
+
+
+def best_run(search: Search) -> tuple[Storage, Config]:
+    """The run of the best trial, and its configuration; UsageError if no trial has finished an epoch."""
+    table = rows(search)
+    if not table or not counts(table[0]):
+        raise UsageError(f"no trial of {search.storage.uri} has finished an epoch")
+    name = next(trial.name for trial in search.trials if trial.number == table[0]["trial"])
+    run = search.storage / f"{FOLDER}/{name}"
+    return run, Config.from_json(run.read(CONFIG).decode(), f"{run.uri}/{CONFIG}")

@@ -132,12 +132,12 @@ def _scheduler(plan: Plan) -> TrialScheduler | None:
     epochs = plan.config.epochs
     if plan.scheduler == "asha":
         # Successive halving, asynchronously (Li et al. 2020): of the trials that reached a rung, a third goes on.
-        return ASHAScheduler("epochs", max_t=epochs, grace_period=max(1, epochs // 6), reduction_factor=3)
+        return ASHAScheduler("epochs", max_t=epochs, grace_period=max(1, epochs // 4), reduction_factor=3)
     if plan.scheduler == "pbt":
         shape = {name for name, _, _ in fields_of(ModelConfig)}  # weights of another shape cannot be taken over
         mutable = {name: d.as_tune() for name, d in plan.space.domains.items() if name not in shape}
         return PopulationBasedTraining(
-            "epochs", perturbation_interval=max(1, epochs // 6), hyperparam_mutations={"setting": mutable}
+            "epochs", perturbation_interval=max(1, epochs // 4), hyperparam_mutations={"setting": mutable}
         )
     return None
 

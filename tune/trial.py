@@ -18,14 +18,13 @@ from typing import Any
 import torch
 
 from dogvae import metrics
-from dogvae.checkpoint import FOLDER as CHECKPOINTS
 from dogvae.checkpoint import Checkpoints
 from dogvae.cluster import Workers
 from dogvae.config import Config, Safety
 from dogvae.console import RunFailed, UsageError
 from dogvae.hub import make_hub
 from dogvae.launch import start
-from dogvae.runs import save_config
+from dogvae.runs import CHECKPOINTS, save_config
 from dogvae.storage import Storage
 from dogvae.train import Observer, loop
 from tune.board import hparams
