@@ -126,9 +126,9 @@ def search(args: argparse.Namespace) -> int:
             f"--cpus-per-trial, --gpus-per-trial, --workers-per-trial: a trial of {each} never fits into this cluster"
         )
     if args.dry_run:
-        from tune.settings import Settings
+        from tune.settings import drawn
 
-        shown = [Settings(plan.space, plan.seed, known).draw(n) for n in range(min(5, plan.trials))]
+        shown = [drawn(plan.space, plan.seed, n) for n in range(min(5, plan.trials))]
         say(f"{plan.to_json()}{at_once} at once; the first settings:\n" + "\n".join(map(str, shown)))
         return 0
     if old is None:
@@ -166,6 +166,8 @@ def check_flags(args: argparse.Namespace) -> None:
     gpus = args.gpus_per_trial or 0
     if gpus > 1 or (gpus % 1 and (args.workers_per_trial or 1) > 1):
         raise UsageError("--gpus-per-trial: a worker has one GPU or a part of one; for more, --workers-per-trial 4")
+    if args.scheduler == "pbt" and args.searcher == "optuna":
+        raise UsageError("--scheduler pbt: finds settings itself; leave out --searcher optuna")
     if args.scheduler == "pbt" and (args.workers_per_trial or 1) > 1:
         raise UsageError("--scheduler pbt: takes trials of one worker; leave out --workers-per-trial")
     if args.resume:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from dogvae.hub import in_background, make_hub
 from dogvae.storage import Storage
 from tune.board import experiment
 from tune.results import ABOUT, FOLDER, FORMAT, TRIALS, VERSION, Entry
-from tune.settings import searcher
+from tune.settings import TreeParzen, listed
 from tune.space import Space
 from tune.trial import Job, run_trial
 from tune.view import View
@@ -97,17 +96,20 @@ def run(storage: Storage, plan: Plan, known: Sequence[Entry], at_once: int, budg
         hub=hub,
     )
     view = View(plan.trials, plan.config.epochs, list(plan.space.domains), known)
+    optuna = plan.searcher == "optuna"
+    settings = {} if optuna else {"given": tune.grid_search(listed(plan.space, plan.seed, plan.trials, known))}
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, job=job), _resources(plan)),
+        param_space=settings,
         tune_config=tune.TuneConfig(
             metric="loss",
             mode="min",
-            num_samples=plan.trials,
-            search_alg=searcher(plan.searcher, plan.space, plan.seed, known),
+            num_samples=plan.trials if optuna else 1,
+            search_alg=TreeParzen(plan.space, plan.seed, known) if optuna else None,
             scheduler=_scheduler(plan),
             max_concurrent_trials=at_once,
             reuse_actors=True,  # the next trial starts in the process of the last: imports take longer than epochs
-            trial_dirname_creator=lambda trial: trial.config["name"],
+            trial_dirname_creator=lambda trial: trial.config["given"]["name"],
         ),
         run_config=tune.RunConfig(
             name=SCRATCH,
@@ -135,9 +137,23 @@ def _scheduler(plan: Plan) -> TrialScheduler | None:
         return ASHAScheduler("epochs", max_t=epochs, grace_period=max(1, epochs // 4), reduction_factor=3)
     if plan.scheduler == "pbt":
         shape = {name for name, _, _ in fields_of(ModelConfig)}  # weights of another shape cannot be taken over
-        mutable = {name: d.as_tune() for name, d in plan.space.domains.items() if name not in shape}
+        mutable = {name: domain for name, domain in plan.space.domains.items() if name not in shape}
+        if not mutable:
+            raise UsageError("--scheduler pbt: all that is searched shapes the network; add --search lr=...")
+
+        def within(config: dict[str, Any]) -> dict[str, Any]:
+            setting = config["given"]["setting"]
+            return {
+                "given": {**config["given"], "setting": setting | {n: mutable[n].nearest(setting[n]) for n in mutable}}
+            }
+
+        # Population based training (Jaderberg et al. 2017). A list is for values that have neighbours, not factors.
+        mutations = {name: list(d.values) if d.kind == "choice" else d.as_tune() for name, d in mutable.items()}
         return PopulationBasedTraining(
-            "epochs", perturbation_interval=max(1, epochs // 4), hyperparam_mutations={"setting": mutable}
+            "epochs",
+            perturbation_interval=max(1, epochs // 4),
+            hyperparam_mutations={"given": {"setting": mutations}},
+            custom_explore_fn=within,
         )
     return None
 
@@ -149,11 +165,11 @@ class _Watch(tune.Callback):
         self._view, self._storage, self._plan = view, storage, plan
         self._numbers: dict[str, int] = {}
 
-    @contextmanager
-    def _entry(self, trial: Any) -> Iterator[Entry]:
-        number = self._numbers.setdefault(trial.trial_id, trial.config["number"])  # population based training swaps it
-        known = self._view.entries.get(number) or Entry(number, trial.config["name"], {})
-        yield replace(known, setting=trial.config["setting"])
+    def _entry(self, trial: Any) -> Entry:
+        given = trial.config["given"]  # population based training replaces it by that of another trial
+        number = self._numbers.setdefault(trial.trial_id, given["number"])
+        known = self._view.entries.get(number) or Entry(number, given["name"], {})
+        return replace(known, setting=given["setting"])
 
     def _set(self, entry: Entry, **changes: Any) -> None:
         before = self._view.entries.get(entry.number)
@@ -163,30 +179,30 @@ class _Watch(tune.Callback):
             save(self._storage, self._plan, [self._view.entries[n] for n in sorted(self._view.entries)])
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        with self._entry(trial) as entry:
-            if entry.state not in ("done", "stopped"):
-                self._set(entry, state="running", reason="")
+        entry = self._entry(trial)
+        if entry.state not in ("done", "stopped"):
+            self._set(entry, state="running", reason="")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        with self._entry(trial) as entry:
-            if "record" in result:
-                self._view.record(entry.number, result["record"])
-            if "state" in result:
-                self._set(entry, state=result["state"], reason=result.get("reason", ""))
+        entry = self._entry(trial)
+        if "record" in result:
+            self._view.record(entry.number, result["record"])
+        if "state" in result:
+            self._set(entry, state=result["state"], reason=result.get("reason", ""))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        with self._entry(trial) as entry:
-            if entry.state == "running":
-                all_done = self._view.epochs_of(entry.number) >= self._plan.config.epochs
-                self._set(entry, state="done" if all_done else "stopped")
+        entry = self._entry(trial)
+        if entry.state == "running":
+            all_done = self._view.epochs_of(entry.number) >= self._plan.config.epochs
+            self._set(entry, state="done" if all_done else "stopped")
         self._view.ended(entry.number)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        with self._entry(trial) as entry:
-            lines = str(trial.get_error() or "its process died").strip().splitlines()
-            self._set(entry, state="failed", reason=lines[-1])
+        lines = str(trial.get_error() or "its process died").strip().splitlines()
+        entry = self._entry(trial)
+        self._set(entry, state="failed", reason=lines[-1])
         self._view.ended(entry.number)
 
 

@@ -1,4 +1,4 @@
-"""Which setting comes next: the searchers, behind the one door that Ray Tune knows."""
+"""Which setting comes next: a list drawn beforehand, or Optuna, which learns from the losses."""
 
 from __future__ import annotations
 
@@ -11,96 +11,77 @@ from ray.tune.search import Searcher
 from dogvae.config import Config
 from dogvae.console import UsageError
 from tune.results import Entry
-from tune.space import Space
+from tune.space import Domain, Space
 from tune.trial import name_of
 
 
-class Settings(Searcher):
-    """The settings of an earlier attempt first, then random ones; the very first is the notebook's own.
+def drawn(space: Space, seed: int, number: int) -> dict[str, Any]:
+    """The setting of trial `number`: first the notebook's own, then random ones, whatever was tried before."""
+    if number == 0:
+        return space.first(Config.make(preset="notebook").flat())
+    return space.setting(seed, number)
 
-    Random settings are a function of the seed and the trial's number, so that an attempt taken up again goes on with
-    those that the first would have come to.
+
+def given(number: int, setting: dict[str, Any], known: Sequence[Entry] = ()) -> dict[str, Any]:
+    """What a trial is given; one of an earlier attempt keeps its name."""
+    name = known[number].name if number < len(known) else name_of(number, setting)
+    return {"given": {"number": number, "name": name, "setting": setting}}
+
+
+def listed(space: Space, seed: int, trials: int, known: Sequence[Entry]) -> list[dict[str, Any]]:
+    """What all trials are given: the settings of the earlier attempt, then those that it would have come to."""
+    settings = [known[n].setting if n < len(known) else drawn(space, seed, n) for n in range(trials)]
+    return [given(number, setting, known)["given"] for number, setting in enumerate(settings)]
+
+
+class TreeParzen(Searcher):
+    """Settings from Optuna's tree-structured Parzen estimator (Bergstra et al. 2011).
+
+    Those of an earlier attempt come first, and the very first is the notebook's own. UsageError without Optuna.
     """
 
     def __init__(self, space: Space, seed: int, known: Sequence[Entry]) -> None:
         super().__init__(metric="loss", mode="min")
-        self._space, self._seed, self._known = space, seed, list(known)
-        self._next = 0
-        self._numbers: dict[str, int] = {}
-
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """Its number, name and setting."""
-        number = self._next
-        self._next += 1
-        self._numbers[trial_id] = number
-        if number < len(self._known):
-            entry = self._known[number]
-            setting, name = entry.setting, entry.name
-        else:
-            setting = self.draw(number)
-            name = name_of(number, setting)
-        return {"number": number, "name": name, "setting": setting}
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tune says how a trial ended."""
-        loss = (result or {}).get("loss", math.inf)
-        self.tell(self._numbers[trial_id], math.inf if error else loss)
-
-    def draw(self, number: int) -> dict[str, Any]:
-        """The setting of trial `number`."""
-        if number == 0:
-            return self._space.first(Config.make(preset="notebook").flat())
-        return self._space.setting(self._seed, number)
-
-    def tell(self, number: int, loss: float) -> None:
-        """Trial `number` ended with `loss`, infinite if it failed: random settings do not care."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: an attempt is taken up again from what its trials left."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as `save`."""
-
-
-class TreeParzen(Settings):
-    """Settings from Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), which learns from the losses."""
-
-    def __init__(self, space: Space, seed: int, known: Sequence[Entry]) -> None:
-        super().__init__(space, seed, known)
-        import optuna
-
+        try:
+            import optuna
+        except ModuleNotFoundError as error:
+            raise UsageError("--searcher optuna: install it by pip install 'dogvae[optuna]'") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # Trials run beside each other: without `constant_liar` it would suggest the same to all of them.
         sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=5)
         self._study = optuna.create_study(direction="minimize", sampler=sampler)
         self._distributions = {name: _distribution(domain) for name, domain in space.domains.items()}
-        self._asked: dict[int, Any] = {}
+        self._space, self._seed, self._known = space, seed, list(known)
+        self._asked: dict[str, Any] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """See Settings; what is known already Optuna is told as its own idea."""
-        if self._next < len(self._known):
-            self._ask(self._next, self._known[self._next].setting)
-        return super().suggest(trial_id)
+        """What the next trial is given."""
+        number = len(self._asked)
+        if number < len(self._known):
+            self._study.enqueue_trial(self._known[number].setting)
+        elif number == 0:
+            self._study.enqueue_trial(drawn(self._space, self._seed, 0))
+        self._asked[trial_id] = self._study.ask(self._distributions)
+        return given(number, dict(self._asked[trial_id].params), self._known)
 
-    def draw(self, number: int) -> dict[str, Any]:
-        return self._ask(number, super().draw(0) if number == 0 else {})
-
-    def _ask(self, number: int, fixed: dict[str, Any]) -> dict[str, Any]:
-        if fixed:
-            self._study.enqueue_trial(fixed)
-        self._asked[number] = self._study.ask(self._distributions)
-        return dict(self._asked[number].params)
-
-    def tell(self, number: int, loss: float) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """How a trial ended."""
         from optuna.trial import TrialState
 
+        loss = math.inf if error else (result or {}).get("loss", math.inf)
         if math.isfinite(loss):
-            self._study.tell(self._asked[number], loss)
+            self._study.tell(self._asked[trial_id], loss)
         else:
-            self._study.tell(self._asked[number], state=TrialState.FAIL)
+            self._study.tell(self._asked[trial_id], state=TrialState.FAIL)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a search is taken up again from what its trials left."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as `save`."""
 
 
-def _distribution(domain: Any) -> Any:
+def _distribution(domain: Domain) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if domain.kind == "choice":
@@ -109,13 +90,3 @@ def _distribution(domain: Any) -> Any:
     if domain.kind == "randint":
         return IntDistribution(low, high)
     return FloatDistribution(low, high, log=domain.kind == "loguniform")
-
-
-def searcher(kind: str, space: Space, seed: int, known: Sequence[Entry]) -> Settings:
-    """A searcher by its name; UsageError if what it needs is not installed."""
-    if kind == "random":
-        return Settings(space, seed, known)
-    try:
-        return TreeParzen(space, seed, known)
-    except ModuleNotFoundError as error:
-        raise UsageError("--searcher optuna: install it by pip install 'dogvae[optuna]'") from error

@@ -104,11 +104,11 @@ def report(record: Mapping[str, Any], writer: str | None = None) -> None:
         tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
-def run_trial(given: dict[str, Any], job: Job) -> None:
-    """What Tune calls for every trial: `given` has its `setting`, and Tune's own folder its name."""
+def run_trial(config: dict[str, Any], job: Job) -> None:
+    """What Tune calls for every trial: `config` has its setting, and Tune's own folder its name."""
     from ray import tune
 
-    name, setting = Path(tune.get_context().get_trial_dir()).name, given["setting"]
+    name, setting = Path(tune.get_context().get_trial_dir()).name, config["given"]["setting"]
     storage = Storage(job.search) / FOLDER / name
     torch.set_num_threads(max(1, job.cpus))
     for record in metrics.read(storage):
@@ -118,15 +118,15 @@ def run_trial(given: dict[str, Any], job: Job) -> None:
     if wants_to_stop(job.hub):
         tune.report({"state": "waiting"})
         return
-    config = job.config.replace(**setting)
+    ours = job.config.replace(**setting)
     observer = _TuneObserver(job.hub, name if job.population else None)
     try:
         if job.population:
-            _take_over(job, name, storage, config)
-        save_config(storage, config)
+            _take_over(job, name, storage, ours)
+        save_config(storage, ours)
         hparams(storage, name, setting)
         train = _distributed if job.workers > 1 else _alone
-        done = train(job, config, storage, observer)
+        done = train(job, ours, storage, observer)
     except (UsageError, RunFailed, torch.OutOfMemoryError) as error:
         tune.report({"state": "failed", "reason": str(error).splitlines()[0]})
         return
@@ -166,18 +166,15 @@ def _distributed(job: Job, config: Config, storage: Storage, observer: _TuneObse
 
 
 def _take_over(job: Job, name: str, storage: Storage, config: Config) -> None:
-    """Go on from the state of another trial, if Tune says so: its weights and its past, with a setting of our own."""
+    """Go on from the state that Tune says, maybe another trial's: its weights and its past, with our own setting."""
     from ray import tune
 
-    checkpoint = tune.get_checkpoint()
-    if checkpoint is None:
-        return
-    with checkpoint.as_directory() as folder:
-        writer = json.loads((Path(folder) / WRITER).read_text())
-    if writer == name:
-        return
+    writer = name
+    if checkpoint := tune.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            writer = json.loads((Path(folder) / WRITER).read_text())
     saved = Checkpoints(Storage(job.search) / FOLDER / writer).latest()
-    if saved is None:
+    if saved is None or (writer == name and saved.meta["config"] == config.to_dict()):
         return
     for old in storage.names(CHECKPOINTS):
         storage.delete(f"{CHECKPOINTS}/{old}")
