@@ -124,9 +124,9 @@ def run(storage: Storage, plan: Plan, known: Sequence[Entry], at_once: int, budg
 
 
 def _resources(plan: Plan) -> dict[str, float]:
-    """What Tune sets aside for a trial; workers of Ray Train ask for their own."""
+    """What Tune sets aside for a trial. Workers of Ray Train ask for their own: all CPUs and GPUs are to be theirs."""
     if plan.workers > 1:
-        return {"CPU": 0.0}
+        return {"memory": 1.0}  # a byte: nothing at all is refused
     return {"CPU": float(plan.cpus), "GPU": plan.gpus}
 
 
