@@ -126,9 +126,13 @@ def find_data(data: str, runs: str, image_size: int | None, crop: str | None, va
 def is_finished(storage: Storage, config: Config) -> bool:
     """Whether the run has done all its epochs, and has the checkpoint of the last one."""
     records = metrics.read(storage)
-    if not records or records[-1]["epoch"] + 1 < config.epochs:
-        return False
-    return any(name.startswith(f"step-{records[-1]['step']:09d}-") for name in storage.names(CHECKPOINTS))
+    return bool(records) and records[-1]["epoch"] + 1 >= config.epochs and is_saved(storage, records)
+
+
+def is_saved(storage: Storage, records: list[dict[str, Any]]) -> bool:
+    """Whether there is a checkpoint that knows all these epochs."""
+    steps = [int(name.split("-")[1]) for name in storage.names(CHECKPOINTS) if name.startswith("step-")]
+    return bool(records) and max(steps, default=-1) >= records[-1]["step"]
 
 
 def save_config(storage: Storage, config: Config) -> None:

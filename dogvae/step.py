@@ -134,7 +134,7 @@ class Trainer:
             tensors |= {f"ema/{name}": t for name, t in self.ema.state_dict().items()}
         for name, p in self.parameters.items():
             tensors |= {f"adam/{key}/{name}": t for key, t in self.optimizer.state.get(p, {}).items()}
-        return tensors
+        return tensors | {"streak": self.streak}
 
     def global_sums(self) -> Tensor:
         """`sums` over all ranks; every rank must call it."""
@@ -151,6 +151,7 @@ class Trainer:
         for key in ("step", "exp_avg", "exp_avg_sq"):
             for name, tensor in part(tensors, f"adam/{key}").items():
                 self.optimizer.state[self.parameters[name]][key] = tensor.to(self.device, copy=True)
+        self.streak = tensors["streak"].to(self.device, copy=True)
         if "sums" in tensors:
             self.sums.copy_(tensors["sums"])
             if self.rank > 0:

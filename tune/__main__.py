@@ -18,7 +18,7 @@ from typing import Any
 from dogvae import cluster, flags, runs
 from dogvae.config import Config, check
 from dogvae.console import RunFailed, UsageError, say
-from tune.results import SCHEDULERS, SEARCHERS, Entry, Search, best_run, open_search
+from tune.results import FOLDER, SCHEDULERS, SEARCHERS, Entry, Search, Trial, best_run, open_search
 from tune.space import DEFAULT, Space, parse_fixed
 
 
@@ -90,7 +90,7 @@ def search(args: argparse.Namespace) -> int:
     if args.resume:
         old = open_search(args.runs, name)
         storage = old.storage
-        known = [Entry(t.number, t.name, t.setting, t.state, t.reason) for t in old.trials]
+        known = [as_it_was_left(old, trial) for trial in old.trials]
     else:
         fixed = parse_fixed(args.fixed)
         space = Space.parse(args.search, fixed)
@@ -146,6 +146,14 @@ def search(args: argparse.Namespace) -> int:
         return 0
     say(f"stopped; to go on: python -m tune search --resume {name}{where}")
     return 128 + stopped if stopped else 0
+
+
+def as_it_was_left(search: Search, trial: Trial) -> Entry:
+    """What an attempt that goes on knows of a trial; one that a kill kept from saving its end has not ended."""
+    done = trial.state != "done" or trial.epoch >= search.about["config"]["epochs"]
+    saved = done and runs.is_saved(search.storage / f"{FOLDER}/{trial.name}", trial.records)
+    state = trial.state if saved or trial.state not in ("done", "stopped") else "waiting"
+    return Entry(trial.number, trial.name, trial.setting, state, trial.reason)
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -21,36 +21,34 @@ METRICS = {
 }
 
 
-def hparams(run: Storage, name: str, setting: Mapping[str, Any]) -> None:
-    """Write the setting of a trial beside its curves, unless it is there."""
+def hparams(run: Storage, name: str, setting: Mapping[str, Any], space: Space) -> None:
+    """Write the setting of a trial beside its curves, and what is searched and measured: the columns of the table.
+
+    The table calls a trial by its number, for it says the setting.
+    """
+    from tensorboardX.proto.api_pb2 import DataType, Experiment
     from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionStartInfo
 
-    info = SessionStartInfo(group_name=name)
-    for parameter, value in setting.items():
-        _fill(info.hparams[parameter], value)
-    _write(run, "_hparams_/session_start_info", HParamsPluginData(session_start_info=info))
-
-
-def experiment(folder: Storage, space: Space) -> None:
-    """Write what is searched and measured into the folder of all trials: the columns of the table and their order."""
-    from tensorboardX.proto.api_pb2 import DataType, Experiment
-    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
-
+    info = SessionStartInfo(group_name=name.partition("-")[0])
     about = Experiment()
-    for name, domain in space.domains.items():
-        info = about.hparam_infos.add(name=name)
-        text = isinstance(domain.values[0], str)
-        switch = isinstance(domain.values[0], bool)
-        kind = "STRING" if text else "BOOL" if switch else "FLOAT64"
-        info.type = DataType.Value(f"DATA_TYPE_{kind}")
+    for parameter, domain in space.domains.items():
+        _fill(info.hparams[parameter], setting[parameter])
+        column = about.hparam_infos.add(name=parameter)
+        kind = {str: "STRING", bool: "BOOL"}.get(type(domain.values[0]), "FLOAT64")
+        column.type = DataType.Value(f"DATA_TYPE_{kind}")
         if domain.kind == "choice":
-            info.domain_discrete.extend(domain.values)
+            column.domain_discrete.extend(domain.values)
         else:
-            info.domain_interval.min_value, info.domain_interval.max_value = map(float, domain.values)
+            column.domain_interval.min_value, column.domain_interval.max_value = map(float, domain.values)
     for tag, title in METRICS.items():
         metric = about.metric_infos.add(display_name=title)
         metric.name.tag = tag
-    _write(folder, "_hparams_/experiment", HParamsPluginData(experiment=about))
+    data = {
+        "_hparams_/experiment": HParamsPluginData(experiment=about),
+        "_hparams_/session_start_info": HParamsPluginData(session_start_info=info),
+    }
+    # A map has no order of its own: deterministic, so that the same setting is the same bytes.
+    _write(run, {tag: plugin.SerializeToString(deterministic=True) for tag, plugin in data.items()})
 
 
 def _fill(value: Any, setting: Any) -> None:
@@ -62,20 +60,24 @@ def _fill(value: Any, setting: Any) -> None:
         value.number_value = float(setting)
 
 
-def _write(storage: Storage, tag: str, data: Any) -> None:
-    """One summary in an event file of its own."""
+def _write(storage: Storage, contents: Mapping[str, bytes]) -> None:
+    """Summaries of the plugin in an event file of their own, unless they are there; in place of others."""
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
-    if any(file.endswith(SUFFIX) for file in storage.names()):
-        return
-    metadata = SummaryMetadata(
-        plugin_data=SummaryMetadata.PluginData(plugin_name="hparams", content=data.SerializeToString())
-    )
+    for file in storage.names():
+        if file.endswith(SUFFIX):
+            there = storage.read(file)
+            if all(content in there for content in contents.values()):
+                return
+            storage.delete(file)  # population based training has changed the setting
     with tempfile.TemporaryDirectory() as folder:
         writer = EventsWriter(f"{folder}/events", SUFFIX)
-        writer.write_event(Event(summary=Summary(value=[Summary.Value(tag=tag, metadata=metadata)])))
+        for tag, content in contents.items():
+            plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=content)
+            value = Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))
+            writer.write_event(Event(summary=Summary(value=[value])))
         writer.close()
         (written,) = Path(folder).iterdir()
         storage.write(written.name, written.read_bytes())

@@ -31,19 +31,18 @@ def dashboard(search: Search, port: int) -> int:
     On `port`, or a free one if it is 0. Raises UsageError if it cannot be had, RunFailed if TensorBoard ends by itself.
     """
     port = _bindable(port)
-    address = f"http://127.0.0.1:{port}"
-    wanted = {trial.name for trial in search.trials if trial.records}
+    address, wanted = f"http://127.0.0.1:{port}", {trial.name for trial in search.trials if trial.records}
     with stop_signals() as stopped, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         logdir, log, ended = search.storage.local or Path(scratch), Path(scratch) / "log", threading.Event()
         mirror = threading.Thread(target=_mirror, args=(search.storage, logdir, ended), daemon=True)
         if not search.storage.local:
             mirror.start()
         say(f"starting TensorBoard on {search.storage.uri}")
-        command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir / FOLDER), *FLAGS]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
+        command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port), *FLAGS]
+        command += ["--logdir", str(logdir / FOLDER)]
+        started, shown = time.monotonic(), False
         with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
             try:
-                started, shown = time.monotonic(), False
                 while not stopped and process.poll() is None:
                     if not shown and (runs := _get(f"{address}/data/runs")[1]):
                         # A page that is opened before the trials are read stays empty.
@@ -93,7 +92,8 @@ def _bindable(port: int) -> int:
         try:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as error:
-            raise UsageError(f"--port {port}: {error}; give another, or leave it out for a free one") from error
+            why = getattr(error, "strerror", error)
+            raise UsageError(f"--port {port}: {why}; give another, or leave it out for a free one") from error
         return probe.getsockname()[1]
 
 

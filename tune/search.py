@@ -15,8 +15,7 @@ from dogvae.config import Config, ModelConfig, fields_of
 from dogvae.console import UsageError
 from dogvae.hub import in_background, make_hub
 from dogvae.storage import Storage
-from tune.board import experiment
-from tune.results import ABOUT, FOLDER, FORMAT, TRIALS, VERSION, Entry
+from tune.results import ABOUT, FORMAT, TRIALS, VERSION, Entry
 from tune.settings import TreeParzen, listed
 from tune.space import Space
 from tune.trial import Job, run_trial
@@ -83,11 +82,11 @@ def run(storage: Storage, plan: Plan, known: Sequence[Entry], at_once: int, budg
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    experiment(storage / FOLDER, plan.space)
     hub = make_hub()
     job = Job(
         search=storage.uri,
         config=plan.config,
+        space=plan.space,
         workers=plan.workers,
         cpus=plan.cpus,
         gpus=plan.gpus,

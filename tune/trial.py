@@ -29,7 +29,7 @@ from dogvae.storage import Storage
 from dogvae.train import Observer, loop
 from tune.board import hparams
 from tune.results import FOLDER
-from tune.space import label
+from tune.space import Space, label
 
 POLL_S = 0.5  # between two questions whether the search is to stop
 WRITER = "writer.json"  # in Tune's checkpoints, which population based training wants: whose it is
@@ -48,6 +48,7 @@ class Job:
     """Where the search is stored."""
     config: Config
     """What the settings of a trial are put into."""
+    space: Space
     workers: int
     cpus: int
     gpus: float
@@ -124,7 +125,7 @@ def run_trial(config: dict[str, Any], job: Job) -> None:
         if job.population:
             _take_over(job, name, storage, ours)
         save_config(storage, ours)
-        hparams(storage, name, setting)
+        hparams(storage, name, setting, job.space)
         train = _distributed if job.workers > 1 else _alone
         done = train(job, ours, storage, observer)
     except (UsageError, RunFailed, torch.OutOfMemoryError) as error:

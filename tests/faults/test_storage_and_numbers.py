@@ -108,6 +108,14 @@ def test_numbers_that_stay_bad_end_the_run(dataset: Path, tmp_path: Path) -> Non
         loop(config, Storage(tmp_path / "run"), CPU, StopAt(), Safety(max_skipped=5))
 
 
+def test_skipped_steps_in_a_row_are_counted_over_a_stop(dataset: Path, tmp_path: Path) -> None:
+    """Stopped after four of them and resumed, the run ends where it would have."""
+    config = job(dataset, beta=3e38, kl_warmup=0.0)
+    assert not loop(config, Storage(tmp_path / "run"), CPU, StopAt(4), Safety(max_skipped=6))
+    with pytest.raises(RunFailed, match=r"epoch 1, step 6: .* 6 steps in a row"):
+        loop(config, Storage(tmp_path / "run"), CPU, StopAt(), Safety(max_skipped=6))
+
+
 def _drift(rank: int, init: str, config: Config, out: str) -> None:
     from dogvae import train as module
 
