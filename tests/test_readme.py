@@ -82,6 +82,23 @@ def test_commands_for_your_own_dogs(checkout: Path) -> None:
     assert "has finished its" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
+def test_commands_of_the_search(checkout: Path) -> None:
+    """With fewer trials and epochs than a reader has patience for."""
+    if not (checkout / "dataset").exists():
+        shell("dogvae prepare photos dataset --val-fraction 0.1", checkout)
+    search, report = (next(c for c in COMMANDS if f"-m tune {name}" in c) for name in ("search", "report"))
+    for command in (f"{search} --trials 2 --epochs 2", report):
+        done = shell(command, checkout)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    assert "best of 2 is trial" in done.stdout
+    assert (checkout / "runs/best/report.png").stat().st_size > 10_000
+    assert (checkout / "runs/best/export/config.json").exists()
+    longer = next(c for c in COMMANDS if "--from-search" in c)
+    done = shell(f"{longer} --dry-run", checkout)
+    assert '"epochs": 200' in done.stdout, done.stderr
+
+
 def test_gpus_that_are_not_there(checkout: Path) -> None:
     """The command for four GPUs gets as far as it can: without them it says what there is instead."""
     shell("dogvae prepare photos dataset --val-fraction 0.1", checkout)
@@ -106,7 +123,7 @@ def test_tensorboard_starts(checkout: Path) -> None:
 
 
 def test_every_command_is_covered() -> None:
-    known = r"pip install|dogvae (prepare|sample|reconstruct|interpolate)|train_distributed\.py|tensorboard"
+    known = r"pip install|dogvae (prepare|sample|reconstruct|interpolate)|train_distributed\.py|tensorboard|-m tune"
     assert all(re.search(known, command) for command in COMMANDS)
     assert COMMANDS[1].endswith("pip install -e '.[dev]' && pytest")
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 14

@@ -64,14 +64,14 @@ def dashboard(search: Search, port: int) -> int:
 def copy_events(storage: Storage, folder: Path, settled: set[str]) -> None:
     """Append to TensorBoard's files in `folder` what is new in those of the search, but for the trials in `settled`."""
     states = {entry["name"]: entry["state"] for entry in json.loads(storage.read(TRIALS))}
-    for name in {"", *states} - settled:
-        place, grown = f"{FOLDER}/{name}".rstrip("/"), 0
+    for name in states.keys() - settled:
+        place, grown = f"{FOLDER}/{name}", 0
         (folder / place).mkdir(parents=True, exist_ok=True)
         for file in storage.names(place):
             if file.startswith("events."):
                 with (folder / place / file).open("ab") as end:
                     grown += end.write(storage.read(f"{place}/{file}")[end.tell() :])
-        if not grown and states.get(name) in ("done", "stopped"):  # its last epoch may come after its state
+        if not grown and states[name] in ("done", "stopped"):  # its last epoch may come after its state
             settled.add(name)
 
 
