@@ -103,14 +103,15 @@ def plan(gpus: int | tuple[int, int] | None, cpus: int | tuple[int, int] | None)
 
 
 def slots(cpus: int, gpus: float) -> int:
-    """How many workers with so much each the nodes have room for, side by side."""
+    """How many workers with so much each the nodes have room for, side by side; `gpus` is 0, 1 or a part of one."""
     import ray
 
     room = 0
     for node in ray.nodes():
         have = node["Resources"] if node["Alive"] else {}
         by_cpu = int(have.get("CPU", 0) // cpus)
-        room += min(by_cpu, int(have.get("GPU", 0) / gpus + 1e-9)) if gpus else by_cpu
+        # A part of a GPU lies on one: two of 0.4 fit on each, whatever is left over.
+        room += min(by_cpu, int(have.get("GPU", 0)) * int(1 / gpus + 1e-9)) if gpus else by_cpu
     return room
 
 

@@ -34,8 +34,8 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 class _RayObserver(Observer):
     """Talks to the hub, without ever waiting for it."""
 
-    def __init__(self, hub: Any, rank: int) -> None:
-        self._hub, self._rank = hub, rank
+    def __init__(self, hub: Any, rank: int, wants_saved: bool) -> None:
+        self._hub, self._rank, self.wants_saved = hub, rank, wants_saved
         self._told = self._asked = 0.0
         self._answer: Any = None
         self._stopping = False
@@ -75,7 +75,7 @@ def _worker(settings: dict[str, Any]) -> tuple[str, str]:
     import ray.train.torch
 
     torch.set_num_threads(settings["threads"])
-    observer = _RayObserver(settings["hub"], ray.train.get_context().get_world_rank())
+    observer = _RayObserver(settings["hub"], ray.train.get_context().get_world_rank(), settings["wants_saved"])
     device = ray.train.torch.get_device()
     try:
         done = loop(settings["config"], Storage(settings["run"]), device, observer, settings["safety"])
@@ -114,8 +114,12 @@ def start(
     max_failures: int,
     verbose: bool,
     hub: Any,
+    wants_saved: bool = False,
 ) -> Future[tuple[str, str]]:
-    """Begin training in the background. `hub` is told what happens; the result is how it ended: see `_worker`."""
+    """Begin training in the background. `hub` is told what happens; the result is how it ended: see `_worker`.
+
+    With `wants_saved` an epoch is on the storage before it is told.
+    """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -145,6 +149,7 @@ def start(
         _worker,  # type: ignore[arg-type]
         train_loop_config={
             "config": config, "run": storage.uri, "hub": hub, "threads": workers.cpus, "safety": safety,
+            "wants_saved": wants_saved,
         },
         torch_config=Torch(timeout_s=GROUP_TIMEOUT_S),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]

@@ -83,6 +83,10 @@ class Recorder:
         except OSError as error:
             self._note(f"the metrics of epoch {epoch + 1} could not be written ({error}): trying again later")
 
+    def wait(self) -> None:
+        """Until what was recorded is written, or was tried."""
+        self._thread.submit(int).result()
+
     def close(self) -> None:
         """Write what is still to be written; of an object store the local copy goes."""
         self._thread.shutdown()

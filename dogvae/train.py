@@ -38,6 +38,9 @@ T = TypeVar("T")
 class Observer:
     """What the loop tells the outside, and asks it; the base class is deaf and never stops."""
 
+    wants_saved = False
+    """Whether an epoch is to be on the storage before it is told: who hears of it may end the process."""
+
     def progress(self, epoch: int, step: int, steps: int) -> None:
         """Rank 0, after each step: `step` of `steps` of this epoch are done."""
 
@@ -105,12 +108,20 @@ class _Run:
                 if record is None:
                     self.checkpoints.wait()
                     return False
+                if self.observer.wants_saved:
+                    self._settle()
                 self.observer.epoch(record)
             self.checkpoints.wait()
             return True
         finally:
             if self.recorder:
                 self.recorder.close()
+
+    def _settle(self) -> None:
+        """Wait until all that is known so far is on the storage."""
+        self.checkpoints.wait()
+        if self.recorder:
+            self.recorder.wait()
 
     def _open_data(self) -> Dataset:
         dataset = Dataset(self.config.data)

@@ -49,11 +49,6 @@ def board(folder: Path) -> EventAccumulator:
     return events
 
 
-def finish(recorder: Recorder) -> None:
-    """Until what was recorded is written, without closing: a kill may come next."""
-    recorder._thread.submit(int).result()
-
-
 def next_second() -> None:
     """Event files are named by the second in which they begin."""
     time.sleep(1.01 - time.time() % 1)
@@ -72,7 +67,7 @@ def test_a_line_of_json_for_each_epoch(tmp_path: Path) -> None:
     recorder = Recorder(Storage(tmp_path), [])
     for epoch in range(3):
         recorder.record(record(epoch), {})
-        finish(recorder)
+        recorder.wait()
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
         assert [strict(line) for line in lines] == [record(e) for e in range(epoch + 1)]
     recorder.close()
@@ -124,7 +119,7 @@ def test_tensorboard_sees_an_epoch_at_once(tmp_path: Path) -> None:
     recorder = Recorder(Storage(tmp_path), [])
     try:
         recorder.record(record(0), {f"picture-{i}": picture(i) for i in range(30)})
-        finish(recorder)
+        recorder.wait()
         events = board(tmp_path)
         assert [event.step for event in events.Scalars("val/loss")] == [0]
         assert [len(events.Images(f"picture-{i}")) for i in range(30)] == [1] * 30
@@ -137,7 +132,7 @@ def test_no_epoch_appears_twice_after_a_resume(tmp_path: Path) -> None:
     killed = Recorder(Storage(tmp_path), [])
     for epoch in range(4):
         killed.record(record(epoch), {"samples": picture(epoch)})
-    finish(killed)
+    killed.wait()
     for run, first in ((1, 2), (2, 3)):
         next_second()
         resumed = Recorder(Storage(tmp_path), read(Storage(tmp_path))[:first])
@@ -161,7 +156,7 @@ def test_what_only_the_checkpoint_knows_is_written_at_the_start(tmp_path: Path) 
     """A kill came after the checkpoint of epoch 2 and before its line, its curve and its successor."""
     killed = Recorder(Storage(tmp_path), [])
     killed.record(record(0), {})
-    finish(killed)
+    killed.wait()
     next_second()
     Recorder(Storage(tmp_path), [record(0), record(1)]).close()
     assert read(Storage(tmp_path)) == [record(0), record(1)]

@@ -9,6 +9,7 @@ python -m tune dashboard NAME                        # TensorBoard on all trials
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from typing import Any
 from dogvae import cluster, flags, runs
 from dogvae.config import Config, check
 from dogvae.console import RunFailed, UsageError, say
-from tune.results import FOLDER, SCHEDULERS, SEARCHERS, Entry, Search, Trial, best_run, open_search
+from dogvae.storage import Storage
+from tune.plan import LIMITS, Plan, save
+from tune.results import ABOUT, FOLDER, Entry, Search, Trial, best_run, open_search
 from tune.space import DEFAULT, Space, parse_fixed
 
 
@@ -86,39 +89,23 @@ def search(args: argparse.Namespace) -> int:
     check_flags(args)
     name, data = args.resume or args.name, args.data or runs.DRAWN
     known: list[Entry] = []
-    old: Search | None = None
-    if args.resume:
+    if args.resume is not None:
         old = open_search(args.runs, name)
-        storage = old.storage
-        known = [as_it_was_left(old, trial) for trial in old.trials]
-    else:
-        fixed = parse_fixed(args.fixed)
-        space = Space.parse(args.search, fixed)
-        settings: dict[str, Any] = {"seed": args.seed or 0, **fixed}
-        if args.data is None:
-            settings = {"preset": "small", **settings}
-        if args.epochs is not None:
-            settings["epochs"] = args.epochs
-        config = Config.make(data=data, **settings)
-        name = name or runs.default_name(f"{data.rstrip('/').rsplit('/', 1)[-1].split('.')[0]}-search")
-        storage = runs.open_new(args.runs, name)
-        runs.check_data(data, None, None, None)
-
-    from tune.search import Plan, run, save  # Ray Tune: seconds
-
-    say(cluster.connect(args.verbose))
-    if old is not None:
-        plan = Plan.from_about(old.about, storage.uri)
+        storage, plan = old.storage, Plan.from_about(old.about, old.storage.uri)
+        known = [as_it_was_left(storage, plan, trial) for trial in old.trials]
         if args.trials is not None and args.trials < plan.trials:
             raise UsageError(f"--trials: this search has {plan.trials}, which {args.trials} would take back")
         plan = replace(plan, trials=args.trials or plan.trials)
     else:
-        gpus = float(cluster.has_gpus()) if args.gpus_per_trial is None else args.gpus_per_trial
-        plan = Plan(
-            space=space, config=config, trials=args.trials or 12, searcher=args.searcher or "random",
-            scheduler=args.scheduler or "asha", seed=args.seed or 0, workers=args.workers_per_trial or 1,
-            cpus=args.cpus_per_trial or 1, gpus=gpus,
-        )  # fmt: skip
+        name = name or f"{runs.default_name(data)}-search"
+        storage, plan = new(args, name, data)
+
+    from tune.search import run, scheduler_of  # Ray Tune: seconds
+
+    scheduler_of(plan)  # its mistakes are told before anything is written
+    say(cluster.connect(args.verbose))
+    if args.resume is None and args.gpus_per_trial is None:
+        plan = replace(plan, gpus=float(cluster.has_gpus()))
     at_once = cluster.slots(plan.cpus, plan.gpus) // plan.workers
     if at_once < 1:
         each = f"{plan.workers} worker{'s' * (plan.workers > 1)} of {plan.cpus} CPUs and {plan.gpus:g} GPUs"
@@ -131,7 +118,7 @@ def search(args: argparse.Namespace) -> int:
         shown = [drawn(plan.space, plan.seed, n) for n in range(min(5, plan.trials))]
         say(f"{plan.to_json()}{at_once} at once; the first settings:\n" + "\n".join(map(str, shown)))
         return 0
-    if old is None:
+    if args.resume is None:
         dataset = runs.find_data(data, args.runs, None, None, None)
         say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
         filled = plan.config.for_data(str(dataset.path), dataset.fingerprint, dataset.size, len(dataset.train))
@@ -148,29 +135,46 @@ def search(args: argparse.Namespace) -> int:
     return 128 + stopped if stopped else 0
 
 
-def as_it_was_left(search: Search, trial: Trial) -> Entry:
+def new(args: argparse.Namespace, name: str, data: str) -> tuple[Storage, Plan]:
+    """The place and the plan of a search that does not exist yet, but for its dataset."""
+    fixed = parse_fixed(args.fixed)
+    space = Space.parse(args.search, fixed)
+    settings: dict[str, Any] = {"seed": args.seed or 0, **fixed}
+    if args.data is None:
+        settings = {"preset": "small", **settings}
+    if args.epochs is not None:
+        settings["epochs"] = args.epochs
+    config = Config.make(data=data, **settings)
+    storage = Storage(args.runs) / runs.check_name(name)
+    if storage.exists(ABOUT):
+        raise UsageError(f"--name: {storage.uri} exists; go on with it by --resume {name}, or choose another name")
+    storage = runs.open_new(args.runs, name)
+    runs.check_data(data, None, None, None)
+    return storage, Plan(
+        space=space, config=config, trials=args.trials or 12, searcher=args.searcher or "random",
+        scheduler=args.scheduler or "asha", seed=args.seed or 0, workers=args.workers_per_trial or 1,
+        cpus=args.cpus_per_trial or 1, gpus=args.gpus_per_trial or 0.0,
+    )  # fmt: skip
+
+
+def as_it_was_left(storage: Storage, plan: Plan, trial: Trial) -> Entry:
     """What an attempt that goes on knows of a trial; one that a kill kept from saving its end has not ended."""
-    done = trial.state != "done" or trial.epoch >= search.about["config"]["epochs"]
-    saved = done and runs.is_saved(search.storage / f"{FOLDER}/{trial.name}", trial.records)
+    done = trial.state != "done" or trial.epoch >= plan.config.epochs
+    saved = done and runs.is_saved(storage / f"{FOLDER}/{trial.name}", trial.records)
     state = trial.state if saved or trial.state not in ("done", "stopped") else "waiting"
     return Entry(trial.number, trial.name, trial.setting, state, trial.reason)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """UsageError for flags of a search that contradict each other or are out of range."""
-    for name, kind, limits in (
-        ("trials", int, {"low": 1, "high": 100_000}),
-        ("epochs", int, {"low": 1}),
-        ("seed", int, {"low": 0, "high": 2**32 - 1}),
-        ("searcher", str, {"choices": SEARCHERS}),
-        ("scheduler", str, {"choices": SCHEDULERS}),
-        ("gpus_per_trial", float, {"low": 0}),
-        ("cpus_per_trial", int, {"low": 1}),
-        ("workers_per_trial", int, {"low": 1}),
-    ):
-        value = getattr(args, name)
-        if value is not None:
-            check(name, value, kind, limits)
+    flag_of = {name: f"{name}_per_trial" if name in ("gpus", "cpus", "workers") else name for name in LIMITS}
+    for name, (kind, limits) in LIMITS.items():
+        if (value := getattr(args, flag_of[name])) is not None and name != "gpus":
+            check(flag_of[name], value, kind, limits)
+    if args.gpus_per_trial is not None:
+        check("gpus_per_trial", args.gpus_per_trial, float, {"low": 0})
+    if args.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError("--searcher optuna: install it by pip install optuna")
     gpus = args.gpus_per_trial or 0
     if gpus > 1 or (gpus % 1 and (args.workers_per_trial or 1) > 1):
         raise UsageError("--gpus-per-trial: a worker has one GPU or a part of one; for more, --workers-per-trial 4")
@@ -178,10 +182,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--scheduler pbt: finds settings itself; leave out --searcher optuna")
     if args.scheduler == "pbt" and (args.workers_per_trial or 1) > 1:
         raise UsageError("--scheduler pbt: takes trials of one worker; leave out --workers-per-trial")
-    if args.resume:
+    if args.resume is not None:
         kept = ("data", "name", "epochs", "searcher", "scheduler", "seed", "gpus_per_trial", "cpus_per_trial")
         for name in (*kept, "workers_per_trial", "search", "fixed"):
-            if getattr(args, name):
+            if getattr(args, name) not in (None, []):
                 flag = "--set" if name == "fixed" else "--" + name.replace("_", "-")
                 raise UsageError(f"{flag}: a resumed search keeps what it began with; leave it out")
 

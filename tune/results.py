@@ -154,6 +154,9 @@ def _entries(entries: list[dict[str, Any]], space: Space) -> list[dict[str, Any]
         for parameter, value in kept["setting"].items():
             space.domains[parameter].nearest(value)  # a TypeError if it is of another type
         checked.append(kept)
+    for key in ("number", "name"):
+        if len({entry[key] for entry in checked}) < len(checked):
+            raise ValueError(f"two trials have the same {key}")
     return checked
 
 
@@ -268,4 +271,5 @@ def best_run(search: Search) -> tuple[Storage, Config]:
         raise UsageError(f"no trial of {search.storage.uri} has finished an epoch")
     name = next(trial.name for trial in search.trials if trial.number == table[0]["trial"])
     run = search.storage / f"{FOLDER}/{name}"
-    return run, Config.from_json(run.read(CONFIG).decode(), f"{run.uri}/{CONFIG}")
+    text = _read(run, CONFIG, lambda: run.read(CONFIG).decode())
+    return run, Config.from_json(text, f"{run.uri}/{CONFIG}")

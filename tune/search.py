@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 
-from dogvae.config import Config, ModelConfig, fields_of
+from dogvae.config import ModelConfig, fields_of
 from dogvae.console import UsageError
 from dogvae.hub import in_background, make_hub
 from dogvae.storage import Storage
-from tune.results import ABOUT, FORMAT, TRIALS, VERSION, Entry
+from tune.plan import Plan, save
+from tune.results import Entry
 from tune.settings import TreeParzen, listed
-from tune.space import Space
 from tune.trial import Job, run_trial
 from tune.view import View
 
@@ -33,45 +32,6 @@ ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a search is, as search.json keeps it."""
-
-    space: Space
-    config: Config
-    """Of every trial, but for what is searched; the dataset is part of it."""
-    trials: int
-    searcher: str
-    scheduler: str
-    seed: int
-    workers: int
-    cpus: int
-    gpus: float
-    """Of each worker."""
-
-    def to_json(self) -> str:
-        about = {name: getattr(self, name) for name in ("trials", "searcher", "scheduler", "seed")}
-        about |= {"workers": self.workers, "cpus": self.cpus, "gpus": self.gpus}
-        what = {"space": self.space.to_json(), "config": self.config.to_dict()}
-        return json.dumps({"format": FORMAT, "version": VERSION, **about, **what}, indent=2) + "\n"
-
-    @staticmethod
-    def from_about(about: dict[str, Any], where: str) -> Plan:
-        """The plan that search.json holds; UsageError if it is damaged."""
-        try:
-            names = ("trials", "searcher", "scheduler", "seed", "workers", "cpus", "gpus")
-            space, config = Space.from_json(about["space"]), Config.make_nested(about["config"])
-            return Plan(space, config, **{name: about[name] for name in names})
-        except (KeyError, TypeError) as error:
-            raise UsageError(f"{where}/{ABOUT} is damaged ({error}): search anew under another name") from error
-
-
-def save(storage: Storage, plan: Plan, entries: Sequence[Entry]) -> None:
-    """Write what a search is and how its trials stand; search.json last, it makes the folder a search."""
-    storage.write(TRIALS, (json.dumps([asdict(entry) for entry in entries], indent=1) + "\n").encode())
-    storage.write(ABOUT, plan.to_json().encode())
 
 
 def run(storage: Storage, plan: Plan, known: Sequence[Entry], at_once: int, budget_s: float | None) -> int | None:
@@ -105,7 +65,7 @@ def run(storage: Storage, plan: Plan, known: Sequence[Entry], at_once: int, budg
             mode="min",
             num_samples=plan.trials if optuna else 1,
             search_alg=TreeParzen(plan.space, plan.seed, known) if optuna else None,
-            scheduler=_scheduler(plan),
+            scheduler=scheduler_of(plan),
             max_concurrent_trials=at_once,
             reuse_actors=True,  # the next trial starts in the process of the last: imports take longer than epochs
             trial_dirname_creator=lambda trial: trial.config["given"]["name"],
@@ -129,7 +89,8 @@ def _resources(plan: Plan) -> dict[str, float]:
     return {"CPU": float(plan.cpus), "GPU": plan.gpus}
 
 
-def _scheduler(plan: Plan) -> TrialScheduler | None:
+def scheduler_of(plan: Plan) -> TrialScheduler | None:
+    """The scheduler of a plan; UsageError if it has nothing to do."""
     epochs = plan.config.epochs
     if plan.scheduler == "asha":
         # Successive halving, asynchronously (Li et al. 2020): of the trials that reached a rung, a third goes on.

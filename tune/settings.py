@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -22,16 +22,17 @@ def drawn(space: Space, seed: int, number: int) -> dict[str, Any]:
     return space.setting(seed, number)
 
 
-def given(number: int, setting: dict[str, Any], known: Sequence[Entry] = ()) -> dict[str, Any]:
+def given(number: int, setting: dict[str, Any], known: Mapping[int, Entry]) -> dict[str, Any]:
     """What a trial is given; one of an earlier attempt keeps its name."""
-    name = known[number].name if number < len(known) else name_of(number, setting)
+    name = known[number].name if number in known else name_of(number, setting)
     return {"given": {"number": number, "name": name, "setting": setting}}
 
 
 def listed(space: Space, seed: int, trials: int, known: Sequence[Entry]) -> list[dict[str, Any]]:
     """What all trials are given: the settings of the earlier attempt, then those that it would have come to."""
-    settings = [known[n].setting if n < len(known) else drawn(space, seed, n) for n in range(trials)]
-    return [given(number, setting, known)["given"] for number, setting in enumerate(settings)]
+    old = {entry.number: entry for entry in known}
+    settings = [old[n].setting if n in old else drawn(space, seed, n) for n in range(trials)]
+    return [given(number, setting, old)["given"] for number, setting in enumerate(settings)]
 
 
 class TreeParzen(Searcher):
@@ -45,19 +46,19 @@ class TreeParzen(Searcher):
         try:
             import optuna
         except ModuleNotFoundError as error:
-            raise UsageError("--searcher optuna: install it by pip install 'dogvae[optuna]'") from error
+            raise UsageError("--searcher optuna: install it by pip install optuna") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # Trials run beside each other: without `constant_liar` it would suggest the same to all of them.
         sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=5)
         self._study = optuna.create_study(direction="minimize", sampler=sampler)
         self._distributions = {name: _distribution(domain) for name, domain in space.domains.items()}
-        self._space, self._seed, self._known = space, seed, list(known)
+        self._space, self._seed, self._known = space, seed, {entry.number: entry for entry in known}
         self._asked: dict[str, Any] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """What the next trial is given."""
         number = len(self._asked)
-        if number < len(self._known):
+        if number in self._known:
             self._study.enqueue_trial(self._known[number].setting)
         elif number == 0:
             self._study.enqueue_trial(drawn(self._space, self._seed, 0))

@@ -63,24 +63,20 @@ class Job:
 class _TuneObserver(Observer):
     """Tells Tune each epoch, and ends the training when Tune, or the user, has had enough."""
 
+    wants_saved = True
+
     def __init__(self, hub: Any, writer: str | None) -> None:
         self._hub, self._writer = hub, writer
         self._asked, self._wanted = time.monotonic(), False
-        self.ended = False
-        """Tune has ended this trial."""
 
     def epoch(self, record: dict[str, Any]) -> None:
-        if not self.ended:
-            try:
-                report(record, self._writer)
-            except SystemExit:  # raised again once the checkpoint is on the storage
-                self.ended = True
+        report(record, self._writer)
 
     def stopping(self) -> bool:
         now = time.monotonic()
         if now - self._asked >= POLL_S:
             self._asked, self._wanted = now, wants_to_stop(self._hub)
-        return self.ended or self._wanted
+        return self._wanted
 
 
 def wants_to_stop(hub: Any) -> bool:
@@ -131,8 +127,6 @@ def run_trial(config: dict[str, Any], job: Job) -> None:
     except (UsageError, RunFailed, torch.OutOfMemoryError) as error:
         tune.report({"state": "failed", "reason": str(error).splitlines()[0]})
         return
-    if observer.ended:
-        raise SystemExit
     if not done:
         tune.report({"state": "waiting"})
 
@@ -147,13 +141,18 @@ def _distributed(job: Job, config: Config, storage: Storage, observer: _TuneObse
 
     hub = make_hub()
     workers = Workers(job.workers, gpu=bool(job.gpus), cpus=job.cpus)
-    fit = start(config, storage, workers, Safety(), max_failures=3, verbose=False, hub=hub)
+    fit = start(config, storage, workers, Safety(), max_failures=3, verbose=False, hub=hub, wants_saved=True)
     asked = False
     while True:
         ended = fit.done()
-        for kind, *payload in ray.get(hub.take.remote()):
-            if kind == "epoch":
-                observer.epoch(*payload)
+        try:
+            for kind, *payload in ray.get(hub.take.remote()):
+                if kind == "epoch":
+                    observer.epoch(*payload)
+        except SystemExit:  # Tune has had enough: the workers are to leave their CPUs to the next trial
+            hub.stop.remote()
+            fit.result()
+            raise
         if ended:
             break
         if observer.stopping() and not asked:

@@ -26,6 +26,7 @@ class View:
         self._last: dict[int, int] = {}
         self._news: list[int] = []
         self._replayed = {entry.number for entry in known if entry.state in ENDED[:2]}
+        self._known = {entry.number: entry for entry in known}
         self._began = time.monotonic()
         self.stopping = False
 
@@ -56,9 +57,7 @@ class View:
         with stop_signals() as received:
             show(fit, hub, received, end)
         fit.result()  # its error, if it has one
-        if received:
-            return received[0]
-        return 0 if self.stopping else None
+        return received[0] if received else None
 
     def _stop(self, hub: Any, received: list[int], end: float) -> str | None:
         """Have the trials save and stop if it is time; a line that says so, once."""
@@ -66,8 +65,10 @@ class View:
             return None
         self.stopping = True
         hub.stop.remote()
-        why = "" if received else "time is up: "
-        return f"{why}stopping after a checkpoint of each trial; once more stops at once"
+        if not received:
+            received.append(0)  # as a signal: the next one stops at once
+            return "time is up: stopping after a checkpoint of each trial; Ctrl-C stops at once"
+        return "stopping after a checkpoint of each trial; once more stops at once"
 
     def _plain(self, fit: Future[Any], hub: Any, received: list[int], end: float) -> None:
         told = time.monotonic()
@@ -101,9 +102,11 @@ class View:
                 time.sleep(0.5)
 
     def _table(self, height: int) -> Any:
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(box=None, caption=self._summary(), caption_justify="left")
+        table = Table(box=None, pad_edge=False)
         for title in ("trial", *self._parameters, "epoch", "loss", "reconstruction", "KL", "state"):
             table.add_column(title, justify="left" if title == "state" else "right", no_wrap=True)
         for number in self._ranked()[: max(1, height)]:
@@ -114,7 +117,7 @@ class View:
             style = "bold" if entry.state == "running" else "dim" if entry.state == "stopped" else None
             epochs = f"{self.epochs_of(number)}/{self._epochs}"
             table.add_row(str(number), *values, epochs, *numbers, entry.state, style=style)
-        return table
+        return Group(table, Text(self._counts(), style="italic", no_wrap=True, overflow="ellipsis"))
 
     def _ranked(self) -> list[int]:
         """Trials, the best on top."""
@@ -133,18 +136,21 @@ class View:
         return f"trial {entry.number} ({setting}) {entry.state} after epoch {self.epochs_of(entry.number)}{loss}{why}"
 
     def _summary(self) -> str:
+        ranked = self._ranked()
+        if not ranked or ranked[0] not in self._best:
+            return self._counts()
+        return f"{self._counts()}, best so far: {self._best[ranked[0]]['val_loss']:,.0f} by trial {ranked[0]}"
+
+    def _counts(self) -> str:
         count = {state: sum(e.state == state for e in list(self.entries.values())) for state in (*ENDED, "running")}
         ended = sum(count[state] for state in ENDED)
         parts = [f"{ended} of {self._trials} trials ended"]
         parts += [f"{count['stopped']} of them early"] * bool(count["stopped"])
         parts += [f"{count['failed']} failed"] * bool(count["failed"]) + [f"{count['running']} running"]
-        fresh = ended - len(self._replayed)
-        if fresh > 0:
+        entries = list(self.entries.values())
+        if fresh := sum(e.state in ENDED and e != self._known.get(e.number) for e in entries):
             left = (time.monotonic() - self._began) * (self._trials - ended) / fresh
             parts.append(f"about {clock(left)} left")
-        ranked = self._ranked()
-        if ranked and ranked[0] in self._best:
-            parts.append(f"best so far: {self._best[ranked[0]]['val_loss']:,.0f} by trial {ranked[0]}")
         return ", ".join(parts)
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from dogvae.checkpoint import Checkpoints
 from dogvae.config import Safety
 from dogvae.console import UsageError
-from tests.faults.bench import differing, final, job, make_dataset, records, train
+from dogvae.storage import Storage
+from dogvae.train import loop
+from tests.faults.bench import StopAt, differing, final, job, make_dataset, records, train
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +102,32 @@ def test_checkpoint_of_another_run_is_refused(dataset: Path, tmp_path: Path) -> 
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     with pytest.raises(UsageError, match=r"train-00000\.npy"):
         train(job(other, epochs=2), tmp_path / "run")
+
+
+class Slow(Storage):
+    """Storage that answers late."""
+
+    def __truediv__(self, name: str) -> Storage:
+        return Slow(f"{self.uri}/{name}")
+
+    def write(self, name: str, data: bytes) -> None:
+        time.sleep(0.2)
+        super().write(name, data)
+
+
+class Ends(StopAt):
+    """Hears an epoch, and ends the training at once, as a search does with a trial."""
+
+    wants_saved = True
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        raise SystemExit
+
+
+def test_epoch_can_be_on_the_storage_before_it_is_told(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        loop(job(dataset), Slow(tmp_path), torch.device("cpu"), Ends())
+    assert [r["epoch"] for r in records(tmp_path)] == [0]
+    saved = Checkpoints(Storage(tmp_path)).latest()
+    assert saved is not None
+    assert saved.meta["step"] == 13
