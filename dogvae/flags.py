@@ -40,7 +40,7 @@ def training_parser(description: str | None) -> Parser:
     run.add_argument(
         "--from-search",
         metavar="SEARCH",
-        help="go on with the best trial of a search, in a run of its own, to --epochs",
+        help="go on with the best trial of a search, for more epochs, in a run of its own",
     )
     run.add_argument(
         "--dry-run", action="store_true", help="print the full configuration and what it would use, and stop"
@@ -95,7 +95,8 @@ def check_training(args: argparse.Namespace) -> None:
     if args.from_search and (args.resume or args.data):
         raise UsageError("--from-search: its run is a new one, on the search's data; leave out --resume and --data")
     if (args.resume or args.from_search) and (args.val_fraction is not None or args.crop is not None):
-        raise UsageError("--val-fraction, --crop: the data of this run are prepared already; leave them out")
+        flag = "--resume" if args.resume else "--from-search"
+        raise UsageError(f"{flag}: the data are prepared already; leave out --val-fraction and --crop")
 
 
 def span(text: str) -> int | tuple[int, int]:

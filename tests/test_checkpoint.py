@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,73 @@ def test_patience_ends(tmp_path: Path) -> None:
         checkpoints.wait()
     with pytest.raises(RunFailed):
         checkpoints.check()
+
+
+class Clock:
+    """Time that goes on when somebody sleeps, and only then."""
+
+    def __init__(self) -> None:
+        self.now, self.pauses = 0.0, []  # type: float, list[float]
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+class Failing(Storage):
+    """Refuses some writes: those whose turn is in `fails`, counted from 0."""
+
+    def __init__(self, uri: str | Path, fails: Iterable[int]) -> None:
+        super().__init__(uri)
+        self.fails, self.turn = set(fails), -1
+
+    def __truediv__(self, name: str) -> Storage:
+        return Failing(f"{self.uri}/{name}", self.fails)
+
+    def write(self, name: str, data: bytes) -> None:
+        self.turn += 1
+        if self.turn in self.fails:
+            raise OSError("no answer")
+        super().write(name, data)
+
+
+def test_pauses_grow_and_begin_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two states wait; seven tries fail before the first, three before the second: 91 s and 7 s, each less than 100."""
+    clock, told, free = Clock(), list[str](), threading.Event()
+    monkeypatch.setattr("dogvae.checkpoint.time", clock)
+    checkpoints = Checkpoints(Failing(tmp_path, [*range(7), 8, 9, 10]), told.append, patience_s=95)
+    checkpoints._thread.submit(free.wait, 30)
+    checkpoints.save(tensors(10), meta(10, 1.0))
+    checkpoints.save(tensors(20), meta(20))
+    free.set()
+    checkpoints.wait()
+    assert clock.pauses == [1, 2, 4, 8, 16, 30, 30, 1, 2, 4]
+    assert steps(tmp_path) == [10, 20]
+    assert [line.split(" (")[0] for line in told] == [
+        "a checkpoint could not be written",
+        "checkpoints can be written again",
+    ] * 2
+
+
+def test_patience_counts_from_the_last_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("dogvae.checkpoint.time", clock)
+    checkpoints = Checkpoints(Failing(tmp_path, range(1, 99)), lambda line: None, patience_s=10)
+    checkpoints.save(tensors(10), meta(10))
+    checkpoints.wait()
+    clock.now = 1000
+    checkpoints.save(tensors(20), meta(20))
+    with pytest.raises(RunFailed, match=r"for 10 seconds \(no answer\); the last good one is of step 10"):
+        checkpoints.wait()
+    assert clock.pauses == [1, 2, 4, 8]
+
+
+def test_last_step_is_that_of_what_was_found(tmp_path: Path) -> None:
+    saved(tmp_path, 3.0, 2.0)
+    files(tmp_path)[-1].write_bytes(b"")
+    checkpoints = Checkpoints(Storage(tmp_path), lambda line: None)
+    checkpoints.latest()
+    assert checkpoints.last_step == 10

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dogvae import flags
-from dogvae.config import Config, ModelConfig
-from dogvae.console import UsageError
+from dogvae.config import Config, ModelConfig, Safety
+from dogvae.console import RunFailed, UsageError
 
 # What each setting may be, written down a second time: (type, valid values at the edges, values out of range).
 TABLE: dict[str, tuple[type, list[Any], list[Any]]] = {
@@ -304,6 +304,7 @@ def test_parser_errors_are_one_line(argv: list[str], words: str) -> None:
         (["--gpus", "0"], "--gpus"),
         (["--cpus", "-1"], "--cpus"),
         (["--max-failures", "-2"], "--max-failures"),
+        (["--max-skipped", "0"], "--max-skipped"),
         (["--val-fraction", "0"], "--val-fraction"),
         (["--val-fraction", "0.95"], "--val-fraction"),
         (["--val-fraction", "nan"], "--val-fraction"),
@@ -322,6 +323,39 @@ def test_flags_that_are_fine() -> None:
         flags.check_training(parsed(*argv))
 
 
+@pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("5m", 300), ("2h", 7200), ("1.5m", 90), ("0.5s", 0.5)])
+def test_times(text: str, seconds: float) -> None:
+    assert flags.safety(parsed("--checkpoint-every", text)) == Safety(checkpoint_s=seconds)
+    assert flags.safety(parsed("--storage-patience", text)) == Safety(patience_s=seconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "s", "0s", "0.0h", "-5m", "5x", "5d", "m5", "1e3s", "5 m", "infs", "nans", "1.5", ".5s"]
+)
+def test_times_that_are_none(text: str) -> None:
+    for flag in ("--checkpoint-every", "--storage-patience"):
+        with pytest.raises(UsageError, match=flag) as error:
+            flags.safety(parsed(f"{flag}={text}"))
+        assert "30s, 5m or 2h" in str(error.value)
+
+
+def test_safety_from_the_flags() -> None:
+    """A plain number is one of steps, and there must be some."""
+    assert flags.safety(parsed()) == Safety() == Safety(60.0, 0, 20, 600.0)
+    typed = parsed("--checkpoint-every", "7", "--max-skipped", "3", "--storage-patience", "90s")
+    assert flags.safety(typed) == Safety(60.0, 7, 3, 90.0)
+    with pytest.raises(UsageError, match="--checkpoint-every"):
+        flags.safety(parsed("--checkpoint-every", "0"))
+
+
+def test_numbers_of_workers() -> None:
+    good = {"1": 1, "12": 12, "2:4": (2, 4), "3:3": (3, 3)}
+    assert {text: parsed("--cpus", text).cpus for text in good} == good
+    for text in ("0", "0:2", "4:2", "2:", ":4", "2:x", "1.5", "2:3:4", "many"):
+        with pytest.raises(UsageError, match=r"--gpus.*2:4"):
+            parsed("--gpus", text)
+
+
 def test_run_returns_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[Any] = []
 
@@ -330,6 +364,9 @@ def test_run_returns_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None
 
     def mistaken(argv: Any) -> None:
         raise UsageError("--data: nothing is there")
+
+    def failed(argv: Any) -> None:
+        raise RunFailed("the disk is full")
 
     def interrupted(argv: Any) -> None:
         raise KeyboardInterrupt
@@ -343,6 +380,8 @@ def test_run_returns_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr() == ("", "")
     assert flags.run(mistaken, []) == 2
     assert capsys.readouterr() == ("", "error: --data: nothing is there\n")
+    assert flags.run(failed, ["--verbose"]) == 1
+    assert capsys.readouterr() == ("", "error: the disk is full\n")
     assert flags.run(interrupted, []) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
     with pytest.raises(UsageError):  # the traceback that was asked for

@@ -257,5 +257,24 @@ def test_verify_finds_a_flipped_bit(folder: Path) -> None:
     Dataset(folder).verify()
 
 
+def complaint(folder: Path, rank: int, world_size: int) -> str:
+    """What this rank says about the dataset; nothing if it finds no fault."""
+    try:
+        Dataset(folder).verify(rank, world_size)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_every_shard_is_verified_by_one_rank(folder: Path, world_size: int) -> None:
+    for name in ("train-00000.npy", "train-00001.npy", "train-00002.npy", "val-00000.npy"):
+        data = shard(folder, name).read_bytes()
+        shard(folder, name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        told = [complaint(folder, rank, world_size) for rank in range(world_size)]
+        assert [name in line for line in told if line] == [True]
+        shard(folder, name).write_bytes(data)
+
+
 def test_split_without_shards_is_empty(tmp_path: Path) -> None:
     assert len(Split(tmp_path, [], 8)) == 0

@@ -188,3 +188,28 @@ def test_resume_within_the_same_second_keeps_the_curves(tmp_path: Path) -> None:
         recorder.record(record(epoch), {})
         recorder.close()
     assert len(list(tmp_path.glob("events.*"))) == 2
+
+
+class Failing(Storage):
+    """Storage whose second write fails."""
+
+    writes = 0
+
+    def write(self, name: str, data: bytes) -> None:
+        self.writes += 1
+        if self.writes == 2:
+            raise OSError("no space")
+        super().write(name, data)
+
+
+def test_what_could_not_be_written_comes_with_the_next_epoch(tmp_path: Path) -> None:
+    told: list[str] = []
+    recorder = Recorder(Failing(tmp_path), [], told.append)
+    for epoch in range(3):
+        recorder.record(record(epoch), {})
+        recorder.wait()
+        assert read(Storage(tmp_path)) == [record(e) for e in range(epoch if epoch == 1 else epoch + 1)]
+    recorder.close()
+    assert len(told) == 1
+    assert "epoch 2 could not be written (no space)" in told[0]
+    assert [event.step for event in board(tmp_path).Scalars("val/loss")] == [0, 1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,20 @@ def test_readers_see_old_or_new_and_never_a_part(tmp_path: Path) -> None:
         assert reader.read(3) == b"old"
         storage.write("x", b"new")
         assert reader.read() == (b"old" * 1000)[3:]
+
+
+def test_bytes_are_on_the_disk_before_they_have_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut may come right after: the name must not be there without them."""
+    flushed: list[tuple[int, bool]] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        flushed.append((os.fstat(descriptor).st_size, (tmp_path / "x").exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    Storage(tmp_path).write("x", bytes(1000))
+    assert flushed == [(1000, False)]
 
 
 def test_names_are_the_sorted_files(tmp_path: Path) -> None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from dogvae import runs
 from dogvae.checkpoint import Checkpoints
 from dogvae.config import Safety
 from dogvae.console import UsageError
+from dogvae.dataset import Dataset, epoch_order
+from dogvae.metrics import read
+from dogvae.step import Trainer
 from dogvae.storage import Storage
 from dogvae.train import loop
-from tests.faults.bench import StopAt, differing, final, job, make_dataset, records, train
+from tests.conftest import WriteDataset
+from tests.faults.bench import SIZE, TRAIN, VAL, StopAt, differing, final, job, make_dataset, records, train
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +87,21 @@ def test_scheduled_checkpoints_within_an_epoch(dataset: Path, tmp_path: Path) ->
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("metrics", ["a line too many", "lost"])
+def test_metrics_are_those_of_the_checkpoint(
+    dataset: Path, alone: dict[str, Path], tmp_path: Path, metrics: str
+) -> None:
+    """A kill came between an epoch's line and its checkpoint, or the file is gone."""
+    train(job(dataset), tmp_path, stop_at=30)
+    path = tmp_path / "metrics.jsonl"
+    assert len(path.read_text().splitlines()) == 2
+    path.write_text("".join((alone["batch"] / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]))
+    if metrics == "lost":
+        path.unlink()
+    train(job(dataset), tmp_path)
+    assert records(tmp_path) == records(alone["batch"])
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_torn_checkpoint_is_passed_over(dataset: Path, alone: dict[str, Path], tmp_path: Path, damage: str) -> None:
     config = job(dataset)
@@ -104,11 +127,162 @@ def test_checkpoint_of_another_run_is_refused(dataset: Path, tmp_path: Path) -> 
         train(job(other, epochs=2), tmp_path / "run")
 
 
-class Slow(Storage):
+def test_checkpoint_of_other_data_is_refused(dataset: Path, write_dataset: WriteDataset, tmp_path: Path) -> None:
+    """Data that are whole, but not those of the checkpoint, or not those that the run began with."""
+    config = job(dataset, epochs=1)
+    train(config, tmp_path / "run")
+    noise = np.random.default_rng(0).integers(0, 256, (TRAIN, 3, SIZE, SIZE), np.uint8)
+    other = job(write_dataset([noise], [noise[:VAL]]), epochs=2)
+    with pytest.raises(UsageError, match=f"fingerprint {config.fingerprint}, not {other.fingerprint}"):
+        train(other, tmp_path / "run")
+    with pytest.raises(UsageError, match="has changed since this run began"):
+        train(other.replace(data=str(dataset)), tmp_path / "elsewhere")
+
+
+def test_data_may_move_in_between(dataset: Path, alone: dict[str, Path], tmp_path: Path) -> None:
+    config = job(dataset)
+    train(config, tmp_path / "run", stop_at=20)
+    train(config.replace(data=str(shutil.copytree(dataset, tmp_path / "moved"))), tmp_path / "run")
+    assert differing(final(alone["batch"]), final(tmp_path / "run")) == []
+    assert records(tmp_path / "run") == records(alone["batch"])
+
+
+def test_resumed_run_keeps_its_settings_and_data(dataset: Path, write_dataset: WriteDataset, tmp_path: Path) -> None:
+    config = job(dataset, epochs=1)
+    run = Storage(tmp_path) / "run"
+    runs.save_config(run, config)
+    moved = str(shutil.copytree(dataset, tmp_path / "moved"))
+    opened = runs.open_old(str(tmp_path), "run", {"epochs": 7, "beta": 1.0}, moved)
+    assert opened[1] == config.replace(epochs=7, data=moved)
+    assert opened[0].uri == run.uri
+    with pytest.raises(UsageError, match=r"--beta: this run has 1\.0, not 2\.0"):
+        runs.open_old(str(tmp_path), "run", {"beta": 2.0}, None)
+    noise = np.zeros((9, 3, SIZE, SIZE), np.uint8)
+    with pytest.raises(UsageError, match=r"--data: .*its fingerprint differs"):
+        runs.open_old(str(tmp_path), "run", {}, str(write_dataset([noise], [noise])))
+    with pytest.raises(UsageError, match="--name run --resume"):
+        runs.open_new(str(tmp_path), "run")
+
+
+def test_finished_is_a_run_with_the_checkpoint_of_its_last_epoch(dataset: Path, tmp_path: Path) -> None:
+    config, run = job(dataset, epochs=2), Storage(tmp_path)
+    assert not runs.is_finished(run, config)
+    train(config, tmp_path)
+    assert runs.is_finished(run, config)
+    assert not runs.is_finished(run, config.replace(epochs=3))
+    max((tmp_path / "checkpoints").iterdir()).unlink()
+    assert not runs.is_finished(run, config)
+
+
+def test_each_epoch_has_its_own_order_and_numbers(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images come as (seed, epoch) has them; the record is the mean over that epoch's steps. Over an interruption."""
+    seen: list[Tensor] = []
+    added: list[Tensor] = []
+    step = Trainer.step
+
+    def watched(self: Trainer, images: Tensor, *args: Any) -> None:
+        before = self.sums.clone()
+        step(self, images, *args)
+        seen.append(images)
+        added.append(self.sums - before)
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    config = job(dataset, epochs=3, seed=3)
+    train(config, tmp_path, stop_at=20)
+    train(config, tmp_path)
+    order = np.concatenate([epoch_order(TRAIN, 3, epoch) for epoch in range(3)])
+    assert torch.equal(torch.cat(seen), Dataset(dataset).train.gather(order))
+    for line, steps in zip(records(tmp_path), torch.stack(added).split(13), strict=True):
+        images, total, reconstruction, kl, norm, _ = steps.sum(dim=0).tolist()
+        assert images == TRAIN
+        means = [line[f"train_{name}"] for name in ("loss", "reconstruction", "kl")]
+        assert means == pytest.approx([total / TRAIN, reconstruction / TRAIN, kl / TRAIN])
+        assert line["gradient_norm"] == pytest.approx(norm / 13)
+
+
+def test_two_ranks_interrupted_tell_what_one_does(dataset: Path, alone: dict[str, Path], tmp_path: Path) -> None:
+    """With a checkpoint after every step: each image counts once, whichever rank had seen it before."""
+    config = job(dataset)
+    train(config, tmp_path, 2, stop_at=18, safety=Safety(checkpoint_s=0))
+    train(config, tmp_path, 2, stop_at=9)
+    assert len(records(tmp_path)) == 2
+    for ours, theirs in zip(records(tmp_path), records(alone["batch"]), strict=False):
+        for name in ("train_loss", "train_reconstruction", "val_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+        assert ours["train_kl"] == pytest.approx(theirs["train_kl"], rel=1e-2)
+
+
+class Clock(StopAt):
+    """Time that goes on by 10 seconds with each step, and not otherwise."""
+
+    perf_counter = staticmethod(time.perf_counter)
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def progress(self, epoch: int, step: int, steps: int) -> None:
+        self.now += 10
+
+
+@pytest.mark.parametrize(
+    ("safety", "steps"),
+    [
+        (Safety(), [6, 12, 13, 19, 25, 26]),
+        (Safety(checkpoint_s=35), [4, 8, 12, 13, 17, 21, 25, 26]),
+        (Safety(checkpoint_s=35, checkpoint_steps=5), [5, 10, 13, 15, 20, 25, 26]),
+    ],
+)
+def test_checkpoints_are_made_when_they_are_due(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safety: Safety, steps: list[int]
+) -> None:
+    """After so many seconds without one, or so many steps, and after each epoch: only those have a validation loss."""
+    made: dict[int, float | None] = {}
+    save = Checkpoints.save
+
+    def watched(self: Checkpoints, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        made[meta["step"]] = meta.get("val_loss")
+        save(self, tensors, meta)
+
+    clock = Clock()
+    monkeypatch.setattr("dogvae.train.time", clock)
+    monkeypatch.setattr(Checkpoints, "save", watched)
+    assert loop(job(dataset, epochs=2), Storage(tmp_path), torch.device("cpu"), clock, safety)
+    assert list(made) == steps
+    assert {step: loss for step, loss in made.items() if loss} == {
+        13 * line["epoch"] + 13: line["val_loss"] for line in records(tmp_path)
+    }
+
+
+class Slow(StopAt):
+    """Takes a second more for its first epoch."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        raise SystemExit
+
+    def progress(self, epoch: int, step: int, steps: int) -> None:
+        if step == 1:
+            time.sleep(1)
+
+
+def test_seconds_go_on_from_the_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    config = job(dataset, epochs=2)
+    with pytest.raises(SystemExit):
+        loop(config, Storage(tmp_path), torch.device("cpu"), Slow())
+    time.sleep(0.3)
+    train(config, tmp_path, stop_at=4)
+    train(config, tmp_path)
+    first, second = (line["seconds"] for line in read(Storage(tmp_path)))
+    assert 1 < first < second
+
+
+class SlowStorage(Storage):
     """Storage that answers late."""
 
     def __truediv__(self, name: str) -> Storage:
-        return Slow(f"{self.uri}/{name}")
+        return SlowStorage(f"{self.uri}/{name}")
 
     def write(self, name: str, data: bytes) -> None:
         time.sleep(0.2)
@@ -126,7 +300,7 @@ class Ends(StopAt):
 
 def test_epoch_can_be_on_the_storage_before_it_is_told(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
-        loop(job(dataset), Slow(tmp_path), torch.device("cpu"), Ends())
+        loop(job(dataset), SlowStorage(tmp_path), torch.device("cpu"), Ends())
     assert [r["epoch"] for r in records(tmp_path)] == [0]
     saved = Checkpoints(Storage(tmp_path)).latest()
     assert saved is not None

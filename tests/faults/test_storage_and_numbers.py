@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dogvae.config import Config, Safety
 from dogvae.console import RunFailed, UsageError
+from dogvae.step import Trainer
 from dogvae.storage import Storage
 from dogvae.train import loop
 from tests.conftest import start_ranks
@@ -106,6 +111,93 @@ def test_numbers_that_stay_bad_end_the_run(dataset: Path, tmp_path: Path) -> Non
     config = job(dataset, beta=3e38, kl_warmup=0.0)
     with pytest.raises(RunFailed, match=r"epoch 1, step 5: .* 5 steps in a row .* learning rate .*--lr"):
         loop(config, Storage(tmp_path / "run"), CPU, StopAt(), Safety(max_skipped=5))
+
+
+def poisoned(bad: set[int], image: int, seen: list[Tensor]) -> Callable[..., None]:
+    """`Trainer.step`, but that one image of some steps, counted over all epochs, holds no numbers.
+
+    What each step adds to the sums goes to `seen`.
+    """
+    step = Trainer.step
+
+    def changed(self: Trainer, images: Tensor, n: int, epoch: int, number: int, steps: int) -> None:
+        if epoch * steps + number in bad:
+            images = images.float()
+            images[image] = math.nan
+        before = self.sums.clone()
+        step(self, images, n, epoch, number, steps)
+        seen.append(self.sums - before)
+
+    return changed
+
+
+def _one_is_poisoned(rank: int, init: str, config: Config, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
+    Trainer.step = poisoned({3} if rank else set(), 0, [])  # type: ignore[method-assign]
+    assert loop(config, Storage(out), CPU, StopAt())
+    dist.destroy_process_group()
+
+
+def test_bad_numbers_on_one_rank_skip_the_step_on_all(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 has them, in the fourth step: both go on alike, as one rank does. Of 13 steps 12 count."""
+    config, seen = job(dataset, epochs=2), list[Tensor]()
+    start_ranks(_one_is_poisoned, 2, str(tmp_path / "init"), config, str(tmp_path / "two"))
+    monkeypatch.setattr(Trainer, "step", poisoned({3}, 4, seen))  # rank 1 has the latter four of a batch of 8
+    train(config, tmp_path / "one")
+    ours, theirs = records(tmp_path / "two"), records(tmp_path / "one")
+    assert [line["skipped_steps"] for line in ours] == [line["skipped_steps"] for line in theirs] == [1, 0]
+    for a, b in zip(ours, theirs, strict=True):
+        for name in ("val_loss", "train_loss", "train_kl", "gradient_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3 if "loss" in name else 1e-2)
+    images, total, _, _, norm, _ = torch.stack(seen[:13]).sum(dim=0).tolist()
+    assert images == 92
+    assert theirs[0]["train_loss"] == pytest.approx(total / 92)
+    assert theirs[0]["gradient_norm"] == pytest.approx(norm / 12)
+
+
+def test_only_bad_steps_in_a_row_end_the_run(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve of them, but never three in a row, do not."""
+    monkeypatch.setattr(Trainer, "step", poisoned({i for i in range(18) if i % 3}, 0, []))
+    train(job(dataset, epochs=2), tmp_path, safety=Safety(max_skipped=3))
+    assert [line["skipped_steps"] for line in records(tmp_path)] == [8, 4]
+
+
+def test_epoch_of_nothing_but_bad_steps(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has no training loss, and the next one goes on."""
+    monkeypatch.setattr(Trainer, "step", poisoned(set(range(13)), 0, []))
+    train(job(dataset, epochs=2), tmp_path, safety=Safety(max_skipped=14))
+    first, second = records(tmp_path)
+    assert (first["skipped_steps"], first["gradient_norm"], first["train_loss"]) == (13, 0, None)
+    assert second["skipped_steps"] == 0
+    assert second["train_loss"] > 0
+
+
+class Patient(StopAt):
+    """Waits after an epoch, until its checkpoint must be on the disk."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        time.sleep(0.5)
+
+
+def test_message_about_bad_numbers_says_what_is_true(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From step 16 on, in the second of four epochs: where it ended, the learning rate there, what is left; and the
+    same again when it is resumed.
+    """
+    monkeypatch.setattr(Trainer, "step", poisoned(set(range(15, 99)), 0, []))
+    share = (18 / 13 - 1) / (4 - 1)  # of the cosine, after one epoch of warm-up
+    lr = 2e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
+    for _ in range(2):
+        with pytest.raises(RunFailed) as error:
+            loop(job(dataset), Storage(tmp_path), CPU, Patient(), Safety(max_skipped=3))
+        assert str(error.value) == (
+            "epoch 2, step 18: the gradients of 3 steps in a row were not finite, at learning rate "
+            f"{lr:.2g}; the last good checkpoint is of step 13. Try a lower --lr, or --grad-clip"
+        )
 
 
 def test_skipped_steps_in_a_row_are_counted_over_a_stop(dataset: Path, tmp_path: Path) -> None:
