@@ -20,7 +20,7 @@ from dogvae.train import Observer, loop
 PROGRESS_INTERVAL_S = 0.3
 STOP_INTERVAL_S = 0.5
 GROUP_TIMEOUT_S = 300  # a worker that answers no more for so long is lost; a death is noticed at once
-RESIZE_INTERVAL_S = 20.0  # how often an elastic run looks for more workers
+RESIZE_INTERVAL_S = 10.0  # how often an elastic run looks for more workers
 # How soon Ray Train notices. Its defaults are for jobs of hours: 2 s for a death, 5 s for a node that will go.
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",

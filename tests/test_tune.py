@@ -60,6 +60,11 @@ class Command:
             time.sleep(0.05)
 
 
+def at_work(command: Command) -> list[psutil.Process]:
+    """The processes in which trials train."""
+    return [p for p in command.family() if "ImplicitFunc" in " ".join(p.cmdline())]
+
+
 def states(where: Path) -> dict[int, str]:
     file = where / "runs/s/trials.json"
     return {e["number"]: e["state"] for e in json.loads(file.read_text())} if file.exists() else {}
@@ -71,7 +76,7 @@ def epochs_of(where: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/s: a search that got Ctrl-C in its first trials, lost its driver later, and was taken up again twice."""
+    """runs/s: a search that got Ctrl-C in its first trials, then lost a trial's process, then its driver."""
     where = tmp_path_factory.mktemp("search")
     dataset = make_dataset(where / "dataset")
     typed = ["-m", "tune", "search", "--data", str(dataset), "--name", "s", "--trials", str(TRIALS)]
@@ -89,6 +94,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert stopped, first.text()
 
     second = Command(where, *shlex.split(stopped[1]))
+    second.wait_until(lambda: at_work(second) and states(where)[0] == "running")
+    at_work(second)[0].kill()
     second.wait_until(lambda: "done" in states(where).values())
     names = [e["name"] for e in json.loads((where / "runs/s/trials.json").read_text()) if e["state"] == "done"]
     kept = {path: path.read_bytes() for n in names if (path := where / f"runs/s/trials/{n}/metrics.jsonl").exists()}

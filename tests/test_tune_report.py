@@ -662,7 +662,7 @@ def test_matplotlib_is_loaded_late_and_needs_no_display() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "late\n"
     code = (
         "import sys, tune.report as r, tune.results as t; from dogvae.storage import Storage\n"
-        "trial = t.Trial(0, '0', {'beta': 1.0}, 'done', '', [])\n"
+        "trial = t.Trial(0, '0', {'beta': 1.0}, 'done', '', records=[])\n"
         "r.picture(t.Search(Storage('.'), {'space': {'beta': 'uniform(0,2)'}}, [trial]))\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules; print('no pyplot')"
     )

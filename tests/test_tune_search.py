@@ -452,7 +452,7 @@ def test_dry_run_shows_the_plan_and_changes_nothing(dogs: str, shell: Shell, two
         ("--from-search nobody", ["no search is called nobody", "there are s"]),
         ("--from-search s --data drawn:60", ["--from-search", "leave out --resume and --data"]),
         ("--from-search s --resume --name x", ["--from-search", "leave out --resume and --data"]),
-        ("--from-search s --crop box", ["--crop", "leave them out"]),
+        ("--from-search s --crop box", ["--from-search", "leave out --val-fraction and --crop"]),
         ("--from-search s --lr 0.5", ["--lr", "0.002", "0.5"]),
         ("--from-search s --latent-dim 8", ["--latent-dim", "32", "8"]),
         ("--from-search s --epochs 3", ["--epochs", "done 3 epochs already", "3 are no more"]),
