@@ -9,7 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dogvae.console import warn
 from dogvae.storage import Storage
 
 FILE = "metrics.jsonl"
+CLOSE_S = 30.0  # how long the end of a run waits for its last lines
 
 
 def read(storage: Storage) -> list[dict[str, Any]]:
@@ -50,6 +51,7 @@ class Recorder:
         self._storage, self._note = storage, note
         self._records = list(records)
         self._thread = ThreadPoolExecutor(1)
+        self._behind = False  # the file lacks lines
         # TensorBoard needs a local folder; for an object store it is a copy that is uploaded epoch by epoch.
         self._folder = storage.local or Path(tempfile.mkdtemp(prefix="dogvae-events-"))
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -77,18 +79,39 @@ class Recorder:
                     self._event(epoch, summary=summary.scalar(tag, value))
             for name, picture in pictures.items():
                 self._event(epoch, summary=summary.image(name, picture))
-            self._storage.write(FILE, "".join(json.dumps(r) + "\n" for r in records).encode())
+            self._write_lines(records)
             self._board.flush()
             self._upload()
         except OSError as error:
+            self._behind = True
             self._note(f"the metrics of epoch {epoch + 1} could not be written ({error}): trying again later")
 
     def wait(self) -> None:
         """Until what was recorded is written, or was tried."""
         self._thread.submit(int).result()
 
+    def _write_lines(self, records: list[dict[str, Any]]) -> None:
+        self._storage.write(FILE, "".join(json.dumps(r) + "\n" for r in records).encode())
+        self._behind = False
+
+    def _catch_up(self) -> None:
+        if self._behind:
+            try:
+                self._write_lines(self._records)
+            except OSError as error:
+                self._note(f"the last lines of {FILE} are missing ({error}): a run that goes on writes them")
+
     def close(self) -> None:
-        """Write what is still to be written; of an object store the local copy goes."""
+        """Write what is still to be written; of an object store the local copy goes.
+
+        Does not wait for ever for storage that hangs: the checkpoint knows what is missing then.
+        """
+        try:
+            self._thread.submit(self._catch_up).result(CLOSE_S)
+        except TimeoutError:
+            self._thread.shutdown(wait=False)
+            self._note(f"{self._storage.uri} does not answer: the last lines of {FILE} may be missing")
+            return
         self._thread.shutdown()
         try:
             self._board.close()

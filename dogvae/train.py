@@ -87,7 +87,7 @@ class _Run:
         self.meta: dict[str, Any] = {"epoch": 0, "step": 0, "seconds": 0.0, "baselines": None, "records": []}
         if saved is not None:
             self.trainer.load(saved.tensors)
-            self.meta = saved.meta
+            self.meta = {**saved.meta, "val_loss": None}  # it is that checkpoint's, not that of those to come
             if self.rank == 0 and self.meta["epoch"] < config.epochs:
                 done = self.meta["step"] - self.meta["epoch"] * self.steps
                 workers = f"{self.world_size} worker{'s' if self.world_size > 1 else ''}"
@@ -223,11 +223,14 @@ class _Run:
     def _save(self) -> None:
         """Save the state as it is; every rank must call it."""
         sums = self.trainer.global_sums()
-        if self.rank == 0:
-            self.saved_at = time.monotonic()
-            about = {"config": self.config.to_dict(), "fingerprint": self.config.fingerprint}
-            self.checkpoints.save({**self.trainer.state(), "sums": sums}, {**self.meta, **about})
-        _together(self.checkpoints.check)
+
+        def save() -> None:
+            if self.rank == 0:
+                self.saved_at = time.monotonic()
+                about = {"config": self.config.to_dict(), "fingerprint": self.config.fingerprint}
+                self.checkpoints.save({**self.trainer.state(), "sums": sums}, {**self.meta, **about})
+
+        _together(save)
 
     def _check_numbers(self) -> None:
         if int(self.trainer.streak) >= self.safety.max_skipped:

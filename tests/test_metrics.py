@@ -213,3 +213,36 @@ def test_what_could_not_be_written_comes_with_the_next_epoch(tmp_path: Path) -> 
     assert len(told) == 1
     assert "epoch 2 could not be written (no space)" in told[0]
     assert [event.step for event in board(tmp_path).Scalars("val/loss")] == [0, 1, 2]
+
+
+class Refusing(Storage):
+    """Storage that refuses the first writes."""
+
+    refused = 0
+
+    def write(self, name: str, data: bytes) -> None:
+        if self.refused < 2:
+            self.refused += 1
+            raise OSError("no room")
+        super().write(name, data)
+
+
+def test_what_failed_to_the_end_is_tried_once_more(tmp_path: Path) -> None:
+    told: list[str] = []
+    recorder = Recorder(Refusing(tmp_path), [], told.append)
+    for epoch in range(2):
+        recorder.record(record(epoch), {})
+    recorder.close()
+    assert [line[:28] for line in told] == ["the metrics of epoch 1 could", "the metrics of epoch 2 could"]
+    assert read(Storage(tmp_path)) == [record(0), record(1)]
+
+
+def test_storage_that_hangs_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dogvae.metrics.CLOSE_S", 0.1)
+    told: list[str] = []
+    recorder = Recorder(Slow(tmp_path), [], told.append)
+    recorder.record(record(0), {})
+    began = time.monotonic()
+    recorder.close()
+    assert time.monotonic() - began < 0.4
+    assert "does not answer" in told[0]
