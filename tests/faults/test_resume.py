@@ -305,3 +305,12 @@ def test_epoch_can_be_on_the_storage_before_it_is_told(dataset: Path, tmp_path: 
     saved = Checkpoints(Storage(tmp_path)).latest()
     assert saved is not None
     assert saved.meta["step"] == 13
+
+
+def test_resumed_from_the_end_of_an_epoch_a_later_checkpoint_has_no_loss_of_it(dataset: Path, tmp_path: Path) -> None:
+    config = job(dataset, epochs=2)
+    train(job(dataset, epochs=1), tmp_path)
+    train(config, tmp_path, stop_at=3)
+    saved = Checkpoints(Storage(tmp_path)).latest()
+    assert saved is not None
+    assert (saved.meta["step"], saved.meta["val_loss"]) == (16, None)

@@ -208,6 +208,26 @@ def test_skipped_steps_in_a_row_are_counted_over_a_stop(dataset: Path, tmp_path:
         loop(config, Storage(tmp_path / "run"), CPU, StopAt(), Safety(max_skipped=6))
 
 
+def _no_more_patience(rank: int, init: str, config: Config, out: str) -> None:
+    from dogvae import train as module
+
+    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
+    run = module._Run(config, Storage(out), CPU, StopAt(), Safety())
+
+    def save(*args: object) -> None:
+        raise RunFailed("no checkpoint could be written")
+
+    run.checkpoints.save = save  # type: ignore[method-assign]
+    with pytest.raises(RunFailed, match="no checkpoint could be written"):
+        run.train()
+    dist.destroy_process_group()
+
+
+def test_end_of_patience_is_the_same_on_all_ranks(dataset: Path, tmp_path: Path) -> None:
+    """Only rank 0 writes; an error that the others did not share would count as a lost worker, and be retried."""
+    start_ranks(_no_more_patience, 2, str(tmp_path / "init"), job(dataset), str(tmp_path / "run"))
+
+
 def _drift(rank: int, init: str, config: Config, out: str) -> None:
     from dogvae import train as module
 
