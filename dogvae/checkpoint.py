@@ -58,7 +58,7 @@ class Checkpoints:
         self._lock = Lock()
         self._waiting: list[Checkpoint] = []
         self._since = 0.0  # when writing last succeeded, or began
-        self._trouble: str | None = None
+        self._trouble = False  # the storage fails
         self._val_loss: dict[str, float] = {}  # by file; infinite: has none
         self.last_step = 0
         """Of the newest checkpoint that is known to be on the storage."""
@@ -117,13 +117,13 @@ class Checkpoints:
                 if time.monotonic() - self._since > self._patience_s:
                     raise self._given_up(str(error)) from error
                 if not self._trouble:
+                    self._trouble = True
                     self._note(f"a checkpoint could not be written ({error}): training on, and trying again")
-                self._trouble = str(error)
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
                 continue
             if self._trouble:
-                self._trouble = None
+                self._trouble = False
                 self._note("checkpoints can be written again")
             self._since, pause = time.monotonic(), 1.0
             with self._lock:

@@ -25,7 +25,6 @@ from dogvae.evaluate import evaluate
 from dogvae.storage import Storage
 from tests.faults.bench import make_dataset, records
 from tune.results import open_search
-from tune.settings import drawn
 from tune.space import Space
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +119,7 @@ def test_every_trial_is_there_once(searched: Path) -> None:
     found = open_search(str(searched / "runs"), "s")
     space = Space.parse(SPACE, {})
     assert [t.number for t in found.trials] == list(range(TRIALS))
-    assert [t.setting for t in found.trials] == [drawn(space, 0, n) for n in range(TRIALS)]
+    assert [t.setting for t in found.trials] == [space.setting(0, n) for n in range(TRIALS)]
     assert found.trials[0].setting == {"latent_dim": 8, "lr": 1e-3, "samples": 2, "beta": 1.0}
     for trial in found.trials:
         assert [r["epoch"] for r in trial.records] == list(range(trial.epoch))

@@ -35,9 +35,9 @@ from dogvae.storage import Storage
 from tests.conftest import WriteDataset
 from tune import __main__ as command
 from tune import search, trial, view
+from tune.plan import Plan, save
 from tune.results import Entry, best_run, open_search
-from tune.search import Plan, save
-from tune.settings import TreeParzen, drawn, listed
+from tune.settings import TreeParzen, listed
 from tune.space import Domain, Space
 from tune.trial import Job, name_of
 from tune.view import View
@@ -439,7 +439,7 @@ def test_dry_run_shows_the_plan_and_changes_nothing(dogs: str, shell: Shell, two
     assert (shown["trials"], shown["seed"], shown["space"]["lr"]) == (3, 4, "loguniform(0.0001,0.01)")
     told, *first = said[end:].strip().splitlines()
     assert told == "2 at once; the first settings:"
-    assert first == [str(drawn(PLAN.space, 4, n)) for n in range(3)]
+    assert first == [str(PLAN.space.setting(4, n)) for n in range(3)]
     assert contents(shell.folder) == before
 
 
@@ -648,7 +648,7 @@ def test_optuna_comes_nearer_to_the_best_than_chance() -> None:
     """Found: 0.008 powers of ten against 0.045 for the nearest, 0.47 against 1.01 for the second half."""
     searches = [suggested(LR, lambda setting: distance(setting) ** 2, 40, seed) for seed in range(4)]
     learned = [[distance(one["setting"]) for one in search] for search in searches]
-    by_chance = [[distance(drawn(LR, seed, number)) for number in range(40)] for seed in range(4)]
+    by_chance = [[distance(LR.setting(seed, number)) for number in range(40)] for seed in range(4)]
     assert statistics.mean(map(min, learned)) < 0.5 * statistics.mean(map(min, by_chance))
     late, late_by_chance = ([d for run in runs for d in run[20:]] for runs in (learned, by_chance))
     assert statistics.mean(late) < 0.7 * statistics.mean(late_by_chance)
@@ -1145,6 +1145,7 @@ class Told:
 
     def __init__(self, folder: Path, known: Sequence[Entry] = ()) -> None:
         self.view, self.runs = seen(known), folder
+        save(Storage(folder / "s"), PLAN, known)  # as the command does before it starts
         self.watch = search._Watch(self.view, Storage(folder / "s"), PLAN)
 
     def start(self, one: Any) -> None:

@@ -113,9 +113,7 @@ def search(args: argparse.Namespace) -> int:
             f"--cpus-per-trial, --gpus-per-trial, --workers-per-trial: a trial of {each} never fits into this cluster"
         )
     if args.dry_run:
-        from tune.settings import drawn
-
-        shown = [drawn(plan.space, plan.seed, n) for n in range(min(5, plan.trials))]
+        shown = [plan.space.setting(plan.seed, n) for n in range(min(5, plan.trials))]
         say(f"{plan.to_json()}{at_once} at once; the first settings:\n" + "\n".join(map(str, shown)))
         return 0
     if args.resume is None:

@@ -60,5 +60,10 @@ class Plan:
 
 def save(storage: Storage, plan: Plan, entries: Sequence[Entry]) -> None:
     """Write what a search is and how its trials stand; search.json last, it makes the folder a search."""
-    storage.write(TRIALS, (json.dumps([asdict(entry) for entry in entries], indent=1) + "\n").encode())
+    save_trials(storage, entries)
     storage.write(ABOUT, plan.to_json().encode())
+
+
+def save_trials(storage: Storage, entries: Sequence[Entry]) -> None:
+    """Write how the trials stand."""
+    storage.write(TRIALS, (json.dumps([asdict(entry) for entry in entries], indent=1) + "\n").encode())

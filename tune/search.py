@@ -14,7 +14,7 @@ from dogvae.config import ModelConfig, fields_of
 from dogvae.console import UsageError
 from dogvae.hub import in_background, make_hub
 from dogvae.storage import Storage
-from tune.plan import Plan, save
+from tune.plan import Plan, save_trials
 from tune.results import Entry
 from tune.settings import TreeParzen, listed
 from tune.trial import Job, run_trial
@@ -136,7 +136,7 @@ class _Watch(tune.Callback):
         after = replace(entry, **changes)
         self._view.entries[entry.number] = after
         if after != before:
-            save(self._storage, self._plan, [self._view.entries[n] for n in sorted(self._view.entries)])
+            save_trials(self._storage, [self._view.entries[n] for n in sorted(self._view.entries)])
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         entry = self._entry(trial)

@@ -8,31 +8,23 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from dogvae.config import Config
 from dogvae.console import UsageError
 from tune.results import Entry
 from tune.space import Domain, Space
 from tune.trial import name_of
 
 
-def drawn(space: Space, seed: int, number: int) -> dict[str, Any]:
-    """The setting of trial `number`: first the notebook's own, then random ones, whatever was tried before."""
-    if number == 0:
-        return space.first(Config.make(preset="notebook").flat())
-    return space.setting(seed, number)
-
-
 def given(number: int, setting: dict[str, Any], known: Mapping[int, Entry]) -> dict[str, Any]:
     """What a trial is given; one of an earlier attempt keeps its name."""
     name = known[number].name if number in known else name_of(number, setting)
-    return {"given": {"number": number, "name": name, "setting": setting}}
+    return {"number": number, "name": name, "setting": setting}
 
 
 def listed(space: Space, seed: int, trials: int, known: Sequence[Entry]) -> list[dict[str, Any]]:
     """What all trials are given: the settings of the earlier attempt, then those that it would have come to."""
     old = {entry.number: entry for entry in known}
-    settings = [old[n].setting if n in old else drawn(space, seed, n) for n in range(trials)]
-    return [given(number, setting, old)["given"] for number, setting in enumerate(settings)]
+    settings = [old[n].setting if n in old else space.setting(seed, n) for n in range(trials)]
+    return [given(number, setting, old) for number, setting in enumerate(settings)]
 
 
 class TreeParzen(Searcher):
@@ -61,9 +53,9 @@ class TreeParzen(Searcher):
         if number in self._known:
             self._study.enqueue_trial(self._known[number].setting)
         elif number == 0:
-            self._study.enqueue_trial(drawn(self._space, self._seed, 0))
+            self._study.enqueue_trial(self._space.setting(self._seed, 0))
         self._asked[trial_id] = self._study.ask(self._distributions)
-        return given(number, dict(self._asked[trial_id].params), self._known)
+        return {"given": given(number, dict(self._asked[trial_id].params), self._known)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """How a trial ended."""
