@@ -8,11 +8,7 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -23,45 +19,15 @@ from dogvae.config import Config
 from dogvae.dataset import Dataset
 from dogvae.evaluate import evaluate
 from dogvae.storage import Storage
+from tests.command import ROOT, Command
 from tests.faults.bench import make_dataset, records
 from tune.results import open_search
 from tune.space import Space
 
-ROOT = Path(__file__).parent.parent
 TRIALS, EPOCHS = 6, 8
 SPACE = ["latent_dim=choice(4,8)", "lr=loguniform(1e-4,1e-2)", "samples=choice(1,2)", "beta=choice(1,3e38)"]
+TRIAL = "ImplicitFunc"  # how Ray calls the processes in which trials train
 FIXED = ["preset=small", "width=4", "batch_size=8"]
-
-
-class Command:
-    """`python ...` in a session of its own, its lines as they come."""
-
-    def __init__(self, where: Path, *args: str) -> None:
-        self.log = (where / f"log-{time.monotonic_ns()}").open("w+")
-        env = {**os.environ, "RAY_ADDRESS": "local", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            [sys.executable, *args], cwd=where, env=env, stdout=self.log, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-
-    def text(self) -> str:
-        return Path(self.log.name).read_text()
-
-    def family(self) -> list[psutil.Process]:
-        me = psutil.Process(self.process.pid)
-        return [me, *me.children(recursive=True)]
-
-    def wait_until(self, what: Any, seconds: float = 120) -> None:
-        end = time.monotonic() + seconds
-        while not what():
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < end, self.text()
-            time.sleep(0.05)
-
-
-def at_work(command: Command) -> list[psutil.Process]:
-    """The processes in which trials train."""
-    return [p for p in command.family() if "ImplicitFunc" in " ".join(p.cmdline())]
 
 
 def states(where: Path) -> dict[int, str]:
@@ -93,8 +59,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert stopped, first.text()
 
     second = Command(where, *shlex.split(stopped[1]))
-    second.wait_until(lambda: at_work(second) and states(where)[0] == "running")
-    at_work(second)[0].kill()
+    second.wait_until(lambda: second.workers(TRIAL) and states(where)[0] == "running")
+    second.workers(TRIAL)[0].kill()
     second.wait_until(lambda: "done" in states(where).values())
     names = [e["name"] for e in json.loads((where / "runs/s/trials.json").read_text()) if e["state"] == "done"]
     kept = {path: path.read_bytes() for n in names if (path := where / f"runs/s/trials/{n}/metrics.jsonl").exists()}

@@ -20,8 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
+from tests.command import TRAIN, Command
 from tests.faults.bench import differing, final, job, make_dataset, records, train
-from tests.faults.test_processes import Command, flags
+from tests.faults.test_processes import flags
 
 
 def epochs_done(run: Path) -> int:
@@ -37,7 +38,7 @@ def soak(minutes: float, seed: int, kills: int, where: Path) -> int:
     config = job(dataset, epochs=epochs)
     train(config, where / "whole", 2)
     run, end = where / "runs/run", time.monotonic() + 60 * minutes
-    command = Command(where, *flags(config), "--max-failures", "-1")
+    command = Command(where, TRAIN, *flags(config), "--max-failures", "-1")
     seconds: list[float] = []
     while len(seconds) < kills and time.monotonic() < end and command.process.poll() is None:
         seen = epochs_done(run)
@@ -52,7 +53,7 @@ def soak(minutes: float, seed: int, kills: int, where: Path) -> int:
         if what == "the driver":
             command.process.kill()
             command.process.wait()
-            command = Command(where, "--name", "run", "--resume", "--cpus", "2", "--max-failures", "-1")
+            command = Command(where, TRAIN, "--name", "run", "--resume", "--cpus", "2", "--max-failures", "-1")
         else:
             for victim in victims[:1] if what == "a worker" else victims:
                 victim.kill()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,10 @@ import torch
 from dogvae.config import Safety
 from dogvae.storage import Storage
 from dogvae.train import loop
+from tests.command import TRAIN, Command
 from tests.faults.bench import EPOCHS, StopAt, job, records
 from tests.faults.net import ENV, Net, possible
-from tests.faults.test_processes import Command, flags
+from tests.faults.test_processes import flags
 
 
 @pytest.fixture
@@ -68,16 +69,6 @@ def world_sizes(run: Path) -> list[int]:
     return [json.loads(line)["world_size"] for line in lines]
 
 
-def wait_until(what: Callable[[], bool], command: Command, seconds: float) -> float:
-    """Until `what` is true; the seconds it took."""
-    began = time.monotonic()
-    while not what():
-        assert command.process.poll() is None, command.text()
-        assert time.monotonic() - began < seconds, command.text()
-        time.sleep(0.1)
-    return time.monotonic() - began
-
-
 def newest_step(run: Path) -> int:
     return max(int(f.name[5:14]) for f in (run / "checkpoints").glob("step-*"))
 
@@ -91,12 +82,12 @@ def test_elastic_run_grows_and_outlives_a_node_that_goes(net: Net, dataset: Path
     net.add()
     typed = flags(job(dataset, epochs=EPOCHS * 20))  # long enough for all of it; stopped in the end
     typed[typed.index("--cpus") + 1] = "1:2"
-    command = Command(tmp_path, *typed, address=net.address, inside=net.head.inside, env=ENV)
+    command = Command(tmp_path, TRAIN, *typed, address=net.address, inside=net.head.inside, env=ENV)
     try:
         run = tmp_path / "runs/run"
-        wait_until(lambda: world_sizes(run)[-1:] == [1], command, 120)
+        command.wait_until(lambda: world_sizes(run)[-1:] == [1], 120)
         second = net.add()
-        grown = wait_until(lambda: world_sizes(run)[-1:] == [2], command, 120)
+        grown = command.wait_until(lambda: world_sizes(run)[-1:] == [2], 120)
         notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         at = ["--address", net.address, "--node-id", net.id_of(second), "--deadline-remaining-seconds", "8"]
         net.head.ray("drain-node", *at, *notice)
@@ -104,7 +95,7 @@ def test_elastic_run_grows_and_outlives_a_node_that_goes(net: Net, dataset: Path
         time.sleep(2)
         saved = newest_step(run)
         second.cut()
-        left = wait_until(lambda: world_sizes(run)[-1:] == [1], command, 120)
+        left = command.wait_until(lambda: world_sizes(run)[-1:] == [1], 120)
         print(f"an epoch with the new node after {grown:.1f} s; one without it {left:.1f} s after it was cut off")
     finally:
         command.process.terminate()

@@ -6,10 +6,8 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -17,58 +15,9 @@ import pytest
 
 from dogvae.config import Config
 from dogvae.storage import Storage
+from tests.command import TRAIN, Command
 from tests.faults.bench import EPOCHS, differing, final, job, records, train
 from tests.faults.conftest import Server
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-class Command:
-    """train_distributed.py in a session of its own, as a terminal would start it; its lines as they come."""
-
-    def __init__(
-        self,
-        where: Path,
-        *args: str,
-        address: str = "local",
-        inside: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
-    ) -> None:
-        self.log = (where / f"log-{time.monotonic_ns()}").open("w+")
-        self.process = subprocess.Popen(
-            [*inside, sys.executable, str(ROOT / "train_distributed.py"), *args], cwd=where,
-            env={**(env or os.environ), "RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1"},
-            stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-
-    def text(self) -> str:
-        return Path(self.log.name).read_text()
-
-    def wait_for(self, pattern: str, seconds: float = 120) -> None:
-        """Until its output has a line that matches."""
-        end = time.monotonic() + seconds
-        while not re.search(pattern, self.text()):
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < end, self.text()
-            time.sleep(0.05)
-
-    def wait(self, seconds: float = 180) -> int:
-        return self.process.wait(seconds)
-
-    def family(self) -> list[psutil.Process]:
-        """The command and all processes that came of it, Ray's among them."""
-        me = psutil.Process(self.process.pid)
-        return [me, *me.children(recursive=True)]
-
-    def workers(self) -> list[psutil.Process]:
-        return [p for p in self.family() if "RayTrainWorker" in " ".join(p.cmdline())]
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            for p in reversed(self.family()):
-                p.kill()
-            self.process.wait()
-
 
 Start = Callable[..., Command]
 
@@ -78,7 +27,7 @@ def start(tmp_path: Path, dataset: Path) -> Iterator[Start]:
     commands: list[Command] = []
 
     def begin(*args: str) -> Command:
-        commands.append(Command(tmp_path, *args))
+        commands.append(Command(tmp_path, TRAIN, *args))
         return commands[-1]
 
     yield begin

@@ -1,0 +1,69 @@
+"""A command in a session of its own, as a terminal would start it: its lines as they come, and its processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+TRAIN = str(ROOT / "train_distributed.py")
+
+
+class Command:
+    """`python ...`, never on somebody else's cluster unless `address` says so; `inside` is put before it."""
+
+    def __init__(
+        self,
+        where: Path,
+        *args: str,
+        address: str = "local",
+        inside: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.log = (where / f"log-{time.monotonic_ns()}").open("w+")
+        ours = {"RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [*inside, sys.executable, *args], cwd=where, env={**(env or os.environ), **ours},
+            stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def text(self) -> str:
+        return Path(self.log.name).read_text()
+
+    def wait_until(self, what: Callable[[], object], seconds: float = 120) -> float:
+        """Until `what` is true, while it runs; the seconds it took."""
+        began = time.monotonic()
+        while not what():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() - began < seconds, self.text()
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def wait_for(self, pattern: str, seconds: float = 120) -> None:
+        """Until its output has a line that matches."""
+        self.wait_until(lambda: re.search(pattern, self.text()), seconds)
+
+    def wait(self, seconds: float = 180) -> int:
+        return self.process.wait(seconds)
+
+    def family(self) -> list[psutil.Process]:
+        """The command and all processes that came of it, Ray's among them."""
+        me = psutil.Process(self.process.pid)
+        return [me, *me.children(recursive=True)]
+
+    def workers(self, title: str = "RayTrainWorker") -> list[psutil.Process]:
+        """Those of them that Ray calls so."""
+        return [p for p in self.family() if title in " ".join(p.cmdline())]
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            for p in reversed(self.family()):
+                p.kill()
+            self.process.wait()
