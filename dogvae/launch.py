@@ -142,10 +142,16 @@ def start(
     class Torch(TorchConfig):
         backend_cls = Backend
 
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            # We have no Ray datasets. Their manager is one more process that every start and every recovery waits for.
+            callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+            return [c for c in callbacks if type(c).__name__ != "DatasetsCallback"]
+
     place, mark, options = storage.uri.partition("?")  # options of an object store, as pyarrow takes them
     head, _, name = place.rpartition("/")
     # At run time these are Train V2's classes, which keep what the workers return; type checkers see V1's.
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _worker,  # type: ignore[arg-type]
         train_loop_config={
             "config": config, "run": storage.uri, "hub": hub, "threads": workers.cpus, "safety": safety,
