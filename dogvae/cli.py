@@ -1,21 +1,20 @@
-"""The `dogvae` command: prepare | sample | reconstruct | interpolate."""
+"""The `dogvae` command: prepare photos, and play with an exported model. To train: train_distributed.py."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from dogvae import flags
 from dogvae.config import CROPS, IMAGE_SIZES
-from dogvae.console import UsageError, say
+from dogvae.console import Progress, UsageError, say
 
-if TYPE_CHECKING:
-    import numpy as np
-
-STILL, MOVING, ARRAY = (".png",), (".gif", ".webp"), (".npy",)
+SPAN = 3.0  # how far pictures of a direction go, in standard deviations
+DATASET = "a prepared dataset, such as `dogvae prepare` makes"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,74 +33,226 @@ def parser() -> argparse.ArgumentParser:
         "--val-fraction", type=float, default=0.05, help="share held out for validation (default: 0.05)"
     )
     prepare.add_argument("--workers", type=int, help="parallel tasks (default: all CPUs of the cluster)")
+    prepare.set_defaults(run=_prepare)
 
-    def playing(name: str, text: str, output: str) -> argparse.ArgumentParser:
+    def playing(name: str, run: Any, text: str, output: str | None = None) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
+        command.set_defaults(run=run)
         command.add_argument("export", help="the folder of an exported model, such as runs/NAME/export")
-        command.add_argument("-o", "--output", default=output, help=f".png, .gif, .webp or .npy (default: {output})")
+        if output:
+            suffixes = ".png, .gif, .webp, .mp4 or .npy"
+            command.add_argument("-o", "--output", default=output, help=f"{suffixes} (default: {output})")
         command.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
         return command
 
-    sample = playing("sample", "dream up new dogs", "samples.png")
+    def drawing(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--seed", type=int, default=0, help="another seed, other dogs (default: 0)")
+        command.add_argument("--temperature", type=float, default=1.0, help="below 1: more ordinary dogs (default: 1)")
+        command.add_argument(
+            "--prior", default="mixture", help="mixture or gaussian, fitted to the photos, or normal (default: mixture)"
+        )
+
+    def going(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--steps", type=int, default=32, help="pictures from one dog to the next (default: 32)")
+        command.add_argument("--method", default="linear", help="linear or spherical (default: linear)")
+
+    sample = playing("sample", _sample, "dream up new dogs", "samples.png")
     sample.add_argument("-n", type=int, default=64, help="how many (default: 64)")
-    sample.add_argument("--seed", type=int, default=0, help="another seed, other dogs (default: 0)")
-    sample.add_argument("--temperature", type=float, default=1.0, help="below 1: more ordinary dogs (default: 1)")
-    reconstruct = playing("reconstruct", "photos above what the model makes of them", "reconstruction.png")
+    drawing(sample)
+    reconstruct = playing(
+        "reconstruct", _reconstruct, "photos above what the model makes of them", "reconstruction.png"
+    )
     reconstruct.add_argument("photos", nargs="+")
-    interpolate = playing("interpolate", "walk from one dog to another", "walk.gif")
+    interpolate = playing("interpolate", _walk, "walk from one dog to another", "walk.gif")
     interpolate.add_argument("a")
     interpolate.add_argument("b")
-    interpolate.add_argument("--steps", type=int, default=32, help="pictures on the way (default: 32)")
+    going(interpolate)
+    walk = playing("walk", _walk, "walk from dog to dog to dog", "walk.gif")
+    walk.add_argument("photos", nargs="+")
+    going(walk)
+    directions = playing(
+        "directions", _directions, "a dog changed along the directions in which photos differ most", "directions.png"
+    )
+    directions.add_argument("-n", type=int, default=8, help="how many directions, a row each (default: 8)")
+    directions.add_argument("--photo", help="the dog that is changed (default: the mean dog)")
+    directions.add_argument("--with", nargs="+", dest="having", metavar="PHOTO", help="instead: towards these photos,")
+    directions.add_argument("--without", nargs="+", dest="lacking", metavar="PHOTO", help="and away from these")
+    neighbours = playing(
+        "neighbours", _neighbours, "samples, or photos, beside the training photos nearest to them", "neighbours.png"
+    )
+    neighbours.add_argument("dataset", help=DATASET)
+    neighbours.add_argument("photos", nargs="*", help="(default: samples)")
+    neighbours.add_argument("-k", type=int, default=7, help="how many neighbours of each (default: 7)")
+    neighbours.add_argument("-n", type=int, default=8, help="how many samples, without photos (default: 8)")
+    drawing(neighbours)
+    evaluate = playing("evaluate", _evaluate, "bounds on the likelihood, PSNR, SSIM, Frechet distances")
+    evaluate.add_argument("dataset", help=DATASET)
+    evaluate.add_argument("--samples", type=int, default=64, help="draws of the importance-weighted bound (64)")
+    evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    evaluate.add_argument(
+        "--inception",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also the Frechet distance of an Inception network, which is downloaded once (default: yes)",
+    )
+    playground = playing("playground", _playground, "play with the model in the browser")
+    playground.add_argument("--port", type=int, default=0, help="(default: a free one)")
+    playground.add_argument("--host", default="127.0.0.1", help="what to listen on (default: this machine only)")
+    export = commands.add_parser("export", help="export a run again; or an exported model to ONNX")
+    export.add_argument("run_or_export", help="a run, such as runs/NAME; or, with --onnx, an exported model")
+    export.add_argument("--onnx", action="store_true", help="also encoder.onnx and decoder.onnx")
+    export.set_defaults(run=_export)
     for command in commands.choices.values():
         command.add_argument("--verbose", action="store_true", help="Ray's own log; tracebacks")
     return top
 
 
-def _main(argv: Sequence[str]) -> None:
-    args = parser().parse_args(argv)
-    if args.command == "prepare":
-        from dogvae.prepare import prepare
+def _prepare(args: argparse.Namespace) -> None:
+    from dogvae.prepare import prepare
 
-        prepare(
-            args.source, args.out, size=args.size, crop=args.crop, val_fraction=args.val_fraction, workers=args.workers
-        )
+    prepare(args.source, args.out, size=args.size, crop=args.crop, val_fraction=args.val_fraction, workers=args.workers)
+
+
+def _sample(args: argparse.Namespace) -> None:
+    output, model = _begin(args)
+    from dogvae.pictures import ARRAY, save
+
+    drawn = (args.seed, args.temperature, args.prior)
+    if output.suffix.lower() not in ARRAY:
+        save(output, model.sample(args.n, *drawn), columns=8)
         return
+    import numpy as np
+
+    with Progress("sampling") as line:
+        array: Any = None
+        done = 0
+        for batch in model.samples(args.n, *drawn):
+            if array is None:
+                shape = (args.n, *batch.shape[1:])
+                array = np.lib.format.open_memmap(output, "w+", np.uint8, shape)
+            array[done : done + len(batch)] = batch
+            done += len(batch)
+            line.update(done, args.n, f"{done:,} of {args.n:,} dogs")
+
+
+def _reconstruct(args: argparse.Namespace) -> None:
+    output, model = _begin(args)
+    import numpy as np
+
+    from dogvae.pictures import save
+
+    pictures = np.concatenate([model.prepared(args.photos), model.reconstruct(args.photos)])
+    save(output, pictures, columns=len(args.photos))
+
+
+def _walk(args: argparse.Namespace) -> None:
+    output, model = _begin(args)
+    from dogvae.pictures import save
+
+    stops = args.photos if args.command == "walk" else [args.a, args.b]
+    save(output, model.walk(stops, args.steps, args.method), columns=8)
+
+
+def _directions(args: argparse.Namespace) -> None:
+    if (args.having is None) != (args.lacking is None):
+        raise UsageError("--with and --without belong together: photos that have something, and photos that do not")
+    if args.n < 1:
+        raise UsageError(f"-n: {args.n} is too small, it must be at least 1")
+    output, model = _begin(args)
+    import numpy as np
+
+    from dogvae.pictures import save
+
+    start = model.encode(args.photo)[0] if args.photo else model.mean
+    if args.having:
+        moves = model.direction(args.having, args.lacking)[None] / SPAN  # its ends: once the whole difference
+    else:
+        moves = model.directions[: args.n] * model.scales[: args.n, None, None, None]
+    far = np.linspace(-SPAN, SPAN, 9, dtype=np.float32)[:, None, None, None]
+    save(output, model.decode(np.concatenate([start + far * move for move in moves])), columns=9)
+
+
+def _neighbours(args: argparse.Namespace) -> None:
+    output, model = _begin(args)
+    import numpy as np
+
+    from dogvae.pictures import save
+
+    if args.photos:
+        pictures = model.prepared(args.photos)
+    else:
+        pictures = model.sample(args.n, args.seed, args.temperature, args.prior)
+    with Progress("neighbours") as line:
+        _, distances, images = model.neighbours(
+            pictures, args.dataset, args.k, lambda done, total: line.update(done, total, f"photo {done:,} of {total:,}")
+        )
+    for i, row in enumerate(distances):
+        say(f"{args.photos[i] if args.photos else f'sample {i}'}: distances {', '.join(f'{d:.1f}' for d in row)}")
+    save(output, np.concatenate([pictures[:, None], images], axis=1).reshape(-1, *pictures.shape[1:]), args.k + 1)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    import dogvae
+    from dogvae.dataset import Dataset
+    from dogvae.quality import measure, table
+
+    model, dataset = dogvae.load(args.export, args.device), Dataset(args.dataset)
+    if args.json:
+        figures = measure(model, dataset, args.samples, args.inception, lambda text, done, total: None)
+        say(json.dumps(figures, indent=2))
+        return
+    doing = ""
+    with Progress("evaluate") as line:
+
+        def tell(text: str, done: int, total: int) -> None:
+            nonlocal doing
+            if text != doing:
+                doing = text
+                line.restart()
+            line.update(done, total, f"{text} {done:,} of {total:,}")
+
+        figures = measure(model, dataset, args.samples, args.inception, tell)
+    say(table(figures, args.samples))
+
+
+def _playground(args: argparse.Namespace) -> int:
+    from dogvae.playground import serve
+
+    return serve(args.export, args.device, args.host, args.port)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from dogvae.export import export_again, is_export
+
+    exported = args.run_or_export
+    if not is_export(exported):
+        exported = export_again(exported)
+    elif not args.onnx:
+        raise UsageError(f"{exported} is an exported model already; --onnx adds encoder.onnx and decoder.onnx")
+    if args.onnx:
+        from dogvae.onnx import export_onnx
+
+        export_onnx(exported)
+    say(exported)
+
+
+def _begin(args: argparse.Namespace) -> tuple[Path, Any]:
+    """Where the output goes, checked, and the model."""
+    from dogvae.pictures import check_output
+
     output = Path(args.output)
-    if output.suffix.lower() not in STILL + MOVING + ARRAY:
-        raise UsageError(f"-o: {output} must end in one of {', '.join(STILL + MOVING + ARRAY)}")
-    if not output.parent.is_dir():
-        raise UsageError(f"-o: there is no folder {output.parent}")
+    check_output(output)
     import dogvae
 
-    model = dogvae.load(args.export, args.device)
-    if args.command == "sample":
-        save(output, model.sample(args.n, args.seed, args.temperature), columns=8)
-    elif args.command == "reconstruct":
-        import numpy as np
-
-        pictures = np.concatenate([model.prepared(args.photos), model.reconstruct(args.photos)])
-        save(output, pictures, columns=len(args.photos))
-    else:
-        save(output, model.interpolate(args.a, args.b, args.steps), columns=8)
-    say(str(output))
+    return output, dogvae.load(args.export, args.device)
 
 
-def save(path: Path, pictures_nhwc: np.ndarray, columns: int) -> None:
-    """Write uint8 pictures as the suffix says: a PNG grid of `columns`, a GIF or WebP of 20 a second, or an array."""
-    import numpy as np
-    from PIL import Image
-
-    from dogvae.pictures import grid
-
-    suffix = path.suffix.lower()
-    if suffix in ARRAY:
-        np.save(path, pictures_nhwc)
-    elif suffix in STILL:
-        Image.fromarray(grid(pictures_nhwc.transpose(0, 3, 1, 2), columns).transpose(1, 2, 0)).save(path)
-    else:
-        frames = [Image.fromarray(p).resize((p.shape[1] * 4, p.shape[0] * 4)) for p in pictures_nhwc]
-        frames += frames[-2:0:-1]  # there and back again, so that the loop has no jump
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, loop=0)
+def _main(argv: Sequence[str]) -> int | None:
+    args = parser().parse_args(argv)
+    code: int | None = args.run(args)
+    if hasattr(args, "output"):
+        say(args.output)
+    return code
 
 
 def main() -> None:

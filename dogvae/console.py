@@ -88,6 +88,10 @@ class Progress:
             self._last_plain = now
             say(f"{self._title}: {text}")
 
+    def restart(self) -> None:
+        """What comes now is another piece of work: its time left is reckoned from here."""
+        self._started = None
+
     def note(self, line: str) -> None:
         """Print a lasting line above the live one."""
         if self._live:

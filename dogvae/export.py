@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image
+from torch import Tensor
 
-from dogvae import __version__
+from dogvae import __version__, prior
 from dogvae.checkpoint import Checkpoints
 from dogvae.config import Config
-from dogvae.console import UsageError
+from dogvae.console import Progress, UsageError
 from dogvae.dataset import Dataset
-from dogvae.generate import EXPORT_FORMAT, EXPORT_VERSION
+from dogvae.generate import EXPORT_FORMAT, EXPORT_VERSION, DogVAE, posteriors
 from dogvae.model import VAE
-from dogvae.pictures import standard
+from dogvae.pictures import grid, png
+from dogvae.runs import CONFIG
 from dogvae.step import part
 from dogvae.storage import Storage
 
 FOLDER = "export"
+DIRECTIONS = 32  # principal ones that are kept
 
 
 def export(run: Storage, config: Config, folder: Storage | None = None) -> Storage:
-    """Write `folder`, by default `export/` of the run: model.safetensors, README.md, preview.png, config.json last."""
+    """Write the best checkpoint and a prior that fits it to `folder`, by default `export/` of the run.
+
+    model.safetensors, prior.safetensors, README.md, preview.png, and config.json last. Raises UsageError if the run has
+    no finished epoch.
+    """
     best = Checkpoints(run).best()
     if best is None or best.meta["val_loss"] is None:
         raise UsageError(f"{run.uri} has no finished epoch to export: train it first")
     weights = part(best.tensors, "ema") or part(best.tensors, "model")
     model = VAE(config.model).eval()
     model.load_state_dict(weights)
+    data = Dataset(config.data)
+    fitted = _prior(model, data)
+    files = {
+        "model.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in weights.items()}),
+        "prior.safetensors": safetensors.torch.save(fitted),
+    }
     about = {
         "format": EXPORT_FORMAT,
         "version": EXPORT_VERSION,
@@ -39,31 +53,65 @@ def export(run: Storage, config: Config, folder: Storage | None = None) -> Stora
         "training": {k: v for k, v in config.to_dict().items() if k not in ("model", "data")},
         "dataset_fingerprint": config.fingerprint,
         "metrics": best.meta["records"][-1],
+        "components": len(fitted["mixture.weights"]),
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "dogvae": __version__,
     }
+    files["preview.png"] = _preview(DogVAE(model, torch.device("cpu"), about, fitted), data)
+    files["README.md"] = _card(about).encode()
+    files[CONFIG] = (json.dumps(about, indent=2) + "\n").encode()
     folder = folder or run / FOLDER
-    folder.write("model.safetensors", safetensors.torch.save({k: v.contiguous() for k, v in weights.items()}))
-    folder.write("preview.png", _preview(model, config))
-    folder.write("README.md", _card(about).encode())
-    folder.write("config.json", (json.dumps(about, indent=2) + "\n").encode())
+    for name, content in files.items():
+        folder.write(name, content)
     return folder
 
 
-@torch.inference_mode()
-def _preview(model: VAE, config: Config) -> bytes:
+def export_again(run: str) -> str:
+    """Export a run from its best checkpoint, whatever was there before. Returns where; UsageError if it is no run."""
+    storage = Storage(run)
+    try:
+        config = Config.from_json(storage.read(CONFIG).decode(), f"{run}/{CONFIG}")
+    except OSError as error:
+        raise UsageError(f"{run} is no run: it has no {CONFIG}") from error
+    return export(storage, config).uri
+
+
+def is_export(path: str) -> bool:
+    """Whether this is the folder of an exported model rather than of a run."""
+    config = Path(path) / CONFIG
+    return config.is_file() and EXPORT_FORMAT in config.read_text(errors="replace")
+
+
+def _prior(model: VAE, data: Dataset) -> dict[str, Tensor]:
+    """What sampling draws from, and the principal directions, as float32 tensors by name."""
+    with Progress("exporting") as line:
+        mu, var = posteriors(
+            model,
+            data.train,
+            torch.device("cpu"),
+            prior.MOST_IMAGES,
+            lambda done, total: line.update(done, total, f"encoding image {done:,} of {total:,}"),
+        )
+        fits = prior.fit(mu, var, lambda text: line.update(len(mu), len(mu), text))
+    directions, scales = prior.principal(mu, DIRECTIONS)
+    tensors = {"directions": directions, "scales": scales}
+    for name, mixture in zip(("gaussian", "mixture"), fits, strict=True):
+        tensors |= {f"{name}.{part}": tensor for part, tensor in vars(mixture).items()}
+    return {name: tensor.float().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _preview(model: DogVAE, data: Dataset) -> bytes:
     """Samples above a walk between two validation photos; the photos themselves stay where they are."""
-    val = Dataset(config.data).val
-    photos = val.gather(torch.arange(min(8, len(val))).numpy())
-    drawn = standard(model, photos, torch.device("cpu"))
-    sheet = torch.cat([torch.from_numpy(drawn["samples"]), torch.from_numpy(drawn["walk"])], dim=1)
-    buffer = io.BytesIO()
-    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(buffer, "PNG")
-    return buffer.getvalue()
+    ends = data.val.gather(np.array([0, min(7, len(data.val) - 1)])).permute(0, 2, 3, 1).numpy()
+    pictures = np.concatenate([model.sample(32), model.walk(list(ends), steps=8)])
+    return png(grid(pictures, columns=8))
 
 
 def _card(about: dict[str, Any]) -> str:
     model, training, metrics = about["model"], about["training"], about["metrics"]
     size, dims = model["image_size"], model["latent_dim"] * 16
+    k = about["components"]
+    prior_name = f"mixture of {k} Gaussians" if k > 1 else "Gaussian"
     return f"""# A DogVAE
 
 A variational autoencoder of dog photos: {size}x{size} RGB images to a {dims}-dimensional latent
@@ -83,6 +131,9 @@ A variational autoencoder of dog photos: {size}x{size} RGB images to a {dims}-di
 Best of {training["epochs"]} epochs: epoch {metrics["epoch"] + 1}.
 Dataset fingerprint: `{about["dataset_fingerprint"]}`.
 
+Samples come from a {prior_name}, fitted to the latents of the training photos.
+
+    dogvae playground .
     dogvae sample . -n 64 -o samples.png
     dogvae reconstruct . photo.jpg -o reconstruction.png
     dogvae interpolate . one.jpg another.jpg -o walk.gif

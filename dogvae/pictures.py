@@ -1,12 +1,22 @@
-"""Pictures for people: uint8 grids, and what the decoder makes of latents. Knows neither training nor files."""
+"""Pictures for people: grids, animations, files, and what the decoder makes of latents. Knows nothing of training."""
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from dogvae.console import UsageError
 from dogvae.model import VAE
+
+STILL, MOVING, VIDEO, ARRAY = (".png",), (".gif", ".webp"), (".mp4",), (".npy",)
+SUFFIXES = STILL + MOVING + VIDEO + ARRAY
+FRAMES_PER_S, ENLARGED = 20, 4  # of an animation; it is shown so many times as large
+MOST_IN_GRID = 10_000
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -14,16 +24,74 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return (x.float().clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 
-def grid(images_n3hw: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
-    """uint8 images (n, 3, h, w) as one (3, H, W), row by row, on white."""
-    n, channels, h, w = images_n3hw.shape
+def grid(images_nhw3: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+    """uint8 images (n, h, w, 3) as one (H, W, 3), row by row, on white."""
+    n, h, w, channels = images_nhw3.shape
     columns = max(1, min(columns, n))
     rows = -(-n // columns)
-    sheet = np.full((channels, rows * (h + gap) + gap, columns * (w + gap) + gap), 255, np.uint8)
-    for i, image in enumerate(images_n3hw):
+    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, channels), 255, np.uint8)
+    for i, image in enumerate(images_nhw3):
         y, x = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
-        sheet[:, y : y + h, x : x + w] = image
+        sheet[y : y + h, x : x + w] = image
     return sheet
+
+
+def png(image_hw3: np.ndarray) -> bytes:
+    """A uint8 image (h, w, 3) as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image_hw3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def animation(images_nhw3: np.ndarray, suffix: str) -> bytes:
+    """uint8 images (n, h, w, 3) as a .gif, .webp or .mp4 file, 4 times as large, there and back without end."""
+    frames = [Image.fromarray(p).resize((p.shape[1] * ENLARGED, p.shape[0] * ENLARGED)) for p in images_nhw3]
+    frames += frames[-2:0:-1]  # the loop has no jump
+    if suffix in VIDEO:
+        return _mp4(frames)
+    buffer = io.BytesIO()
+    kind, duration = suffix.lstrip(".").upper(), 1000 // FRAMES_PER_S
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+    return buffer.getvalue()
+
+
+def _mp4(frames: list[Image.Image]) -> bytes:
+    try:
+        import av
+    except ImportError as error:
+        raise UsageError("-o: .mp4 needs one more package: pip install 'dogvae[video]'; or take .gif") from error
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as file:
+        stream = file.add_stream("h264", rate=FRAMES_PER_S)
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        file.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def check_output(path: Path) -> None:
+    """UsageError unless `save` can write there."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"-o: {path} must end in one of {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"-o: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UsageError(f"-o: {path} is a folder")
+    if path.suffix.lower() in VIDEO:
+        _mp4([Image.new("RGB", (16, 16))])
+
+
+def save(path: Path, images_nhw3: np.ndarray, columns: int) -> None:
+    """Write uint8 images (n, h, w, 3) as the suffix says: a PNG grid of `columns`, an animation, or the array."""
+    suffix = path.suffix.lower()
+    if suffix in ARRAY:
+        np.save(path, images_nhw3)
+        return
+    if len(images_nhw3) > MOST_IN_GRID:
+        raise UsageError(f"-o: {len(images_nhw3):,} are too many for {suffix}, at most {MOST_IN_GRID:,}; take .npy")
+    path.write_bytes(png(grid(images_nhw3, columns)) if suffix in STILL else animation(images_nhw3, suffix))
 
 
 def normal(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -34,7 +102,7 @@ def normal(shape: tuple[int, ...], seed: int) -> Tensor:
 def standard(model: VAE, photos_u8: Tensor, device: torch.device) -> dict[str, np.ndarray]:
     """The three pictures of a run: photos over their reconstructions, samples from N(0, I), a walk between two dogs.
 
-    `photos_u8` is (n, 3, h, h) with n >= 1; each picture is (3, H, W) uint8.
+    `photos_u8` is (n, 3, h, h) with n >= 1; each picture is (3, H, W) uint8, as TensorBoard takes them.
     """
     x = photos_u8.to(device).float() / 255
     mu, _ = model.encoder(x)
@@ -42,8 +110,12 @@ def standard(model: VAE, photos_u8: Tensor, device: torch.device) -> dict[str, n
     samples = to_uint8(model.decode_mean(normal((32, *model.latent_shape), seed=0).to(device)))
     t = torch.linspace(0, 1, 8, device=device)[:, None, None, None]
     walk = to_uint8(model.decode_mean(torch.lerp(mu[:1], mu[-1:], t)))
+    sheets = {
+        "reconstructions": (np.concatenate([photos_u8.numpy(), decoded]), len(photos_u8)),
+        "samples": (samples, 8),
+        "walk": (walk, 8),
+    }
     return {
-        "reconstructions": grid(np.concatenate([photos_u8.numpy(), decoded]), columns=len(photos_u8)),
-        "samples": grid(samples, columns=8),
-        "walk": grid(walk, columns=8),
+        name: grid(images.transpose(0, 2, 3, 1), columns).transpose(2, 0, 1)
+        for name, (images, columns) in sheets.items()
     }

@@ -67,7 +67,8 @@ def test_run_folder_holds_what_is_promised(trained: Path) -> None:
 
 def test_export_needs_neither_ray_nor_training(trained: Path) -> None:
     export = trained / "runs/one/export"
-    assert {p.name for p in export.iterdir()} == {"model.safetensors", "config.json", "README.md", "preview.png"}
+    files = {"model.safetensors", "prior.safetensors", "config.json", "README.md", "preview.png"}
+    assert {p.name for p in export.iterdir()} == files
     assert Image.open(export / "preview.png").width > 200
     code = (
         "import sys, dogvae; x = dogvae.load(sys.argv[1]).sample(4, seed=1); assert x.shape == (4, 32, 32, 3), x.shape;"

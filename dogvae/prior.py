@@ -1,0 +1,140 @@
+"""A density that fits the latents: what new dogs are drawn from, where N(0, I) would give noise. Pure torch, float64.
+
+The decoder has seen samples of the aggregated posterior, q(z): the average, over training images, of N(mu, var). For
+images that are few or alike it is far from N(0, I). Here a mixture of Gaussians with full covariances is fitted to it,
+by maximising E_q(z)[log p(z)]: that is what a learned prior gains in the ELBO (Tomczak & Welling 2018, eq. 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOST_IMAGES = 20_000  # of the training split that are fitted to
+MOST_COMPONENTS = 32
+LEAST_IMAGES = 40  # of a component, on average
+HELD_OUT = 5  # one image in so many decides the shrinkage and the number of components
+SHRINKAGE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # what correlations are lowered by: a few photos have chance ones
+MOST_STEPS, TOLERANCE = 50, 1e-4  # of expectation maximisation; nats per latent that a step must gain for another one
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Gaussians over flat latents (d,): weights (k,), means (k, d), lower Cholesky factors of covariances (k, d, d)."""
+
+    weights: Tensor
+    means: Tensor
+    factors: Tensor
+
+    def double(self) -> Mixture:
+        """The same in float64, which sums over hundreds of dimensions are taken in."""
+        return Mixture(self.weights.double(), self.means.double(), self.factors.double())
+
+    def log_prob(self, z_nd: Tensor) -> Tensor:
+        """Log density (n,) in nats."""
+        return torch.logsumexp(self._joint(z_nd), dim=1)
+
+    def expected(self, mu_nd: Tensor, var_nd: Tensor) -> Tensor:
+        """For each component log weight + E[log N(z)] over z ~ N(mu, var): (n, k) nats."""
+        precisions = torch.cholesky_inverse(self.factors).diagonal(dim1=1, dim2=2)
+        return self._joint(mu_nd) - 0.5 * var_nd @ precisions.T
+
+    def _joint(self, z_nd: Tensor) -> Tensor:
+        logs = []
+        for mean, factor in zip(self.means, self.factors, strict=True):
+            whitened = torch.linalg.solve_triangular(factor, (z_nd - mean).T, upper=False)
+            logs.append(-0.5 * whitened.square().sum(dim=0) - factor.diagonal().log().sum())
+        return torch.stack(logs, dim=1) + self.weights.log() - 0.5 * z_nd.shape[1] * math.log(2 * math.pi)
+
+    def draw(self, uniform_n: Tensor, noise_nd: Tensor, temperature: float = 1.0) -> Tensor:
+        """Samples (n, d) from uniform numbers in [0, 1) and standard normal ones; temperature 0 gives the means."""
+        chosen = torch.searchsorted(self.weights.cumsum(0), uniform_n).clamp_max(len(self.weights) - 1)
+        z = self.means[chosen]
+        for k in chosen.unique():
+            z[chosen == k] += temperature * noise_nd[chosen == k] @ self.factors[k].T
+        return z
+
+
+def fit(mu_nd: Tensor, var_nd: Tensor, progress: Callable[[str], None] = lambda text: None) -> tuple[Mixture, Mixture]:
+    """One Gaussian, and the mixture whose number of components held-out images prefer, of posteriors N(mu, var)."""
+    mu, var = mu_nd.double(), var_nd.double()
+    held = torch.arange(len(mu)) % HELD_OUT == 0
+    noise = torch.randn(mu[held].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = mu[held] + var[held].sqrt() * noise.to(mu.device)
+
+    def score(components: int, shrinkage: float) -> float:
+        progress(f"fitting the prior: {components} component{'s' * (components > 1)}, shrinkage {shrinkage}")
+        return float(_fit(mu[~held], var[~held], components, shrinkage).log_prob(z).mean())
+
+    if len(mu) < 2 * LEAST_IMAGES:
+        single = _fit(mu, var, 1, SHRINKAGE[-1])
+        return single, single
+    best, shrinkage = max((score(1, s), s) for s in SHRINKAGE)
+    components = 1
+    while 2 * components <= min(MOST_COMPONENTS, len(mu) // LEAST_IMAGES):
+        new = score(2 * components, shrinkage)
+        if new <= best:
+            break
+        best, components = new, 2 * components
+    single = _fit(mu, var, 1, shrinkage)
+    return single, single if components == 1 else _fit(mu, var, components, shrinkage)
+
+
+def principal(mu_nd: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The principal directions (r, d) of means, unit length, widest first, and the standard deviation (r,) along each.
+
+    r is at most `most`. Of the two signs, the one whose largest component is positive.
+    """
+    values, vectors = torch.linalg.eigh(torch.cov(mu_nd.double().T, correction=0))
+    scales, directions = values.flip(0)[:most].clamp_min(0).sqrt(), vectors.T.flip(0)[:most]
+    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    return directions * largest.sign(), scales
+
+
+def _fit(mu: Tensor, var: Tensor, components: int, shrinkage: float) -> Mixture:
+    """Expectation maximisation on a lower bound of E_q[log p(z)], in which each image has one set of responsibilities.
+
+    A component's covariance is mixed with the average of all components', as much as `d` images would: in hundreds of
+    dimensions it has too few images of its own. Of that average, correlations are lowered by the share `shrinkage`.
+    """
+    n, d = mu.shape
+    share = _clusters(mu, components)
+    before = -math.inf
+    for _ in range(MOST_STEPS):
+        count = share.sum(dim=0).clamp_min(1e-8)
+        means = (share.T @ mu) / count[:, None]
+        scatter = torch.stack([_scatter(mu - m, var, s) for m, s in zip(means, share.T, strict=True)])
+        pooled = scatter.sum(dim=0) / n
+        pooled = torch.lerp(pooled, torch.diag(pooled.diagonal()), shrinkage)
+        covariances = (scatter + d * pooled) / (count + d)[:, None, None] if components > 1 else pooled[None]
+        mixture = Mixture(count / n, means, torch.linalg.cholesky(covariances))
+        joint = mixture.expected(mu, var)
+        bound = float(torch.logsumexp(joint, dim=1).mean()) / d
+        if components == 1 or bound - before < TOLERANCE:
+            break
+        share, before = joint.softmax(dim=1), bound
+    return mixture
+
+
+def _scatter(offset_nd: Tensor, var_nd: Tensor, share_n: Tensor) -> Tensor:
+    """Sum of the images' shares times E[(z - mean)(z - mean)^T]."""
+    return (offset_nd * share_n[:, None]).T @ offset_nd + torch.diag(share_n @ var_nd)
+
+
+def _clusters(mu: Tensor, components: int) -> Tensor:
+    """Each image wholly to one cluster, (n, k), by k-means from seeds that are far apart (k-means++)."""
+    chance = torch.Generator().manual_seed(0)
+    centres = mu[:1]
+    for _ in range(components - 1):
+        distance = torch.cdist(mu, centres).amin(dim=1).square().cpu()
+        chosen = torch.multinomial(distance / distance.sum(), 1, generator=chance) if distance.sum() > 0 else [0]
+        centres = torch.cat([centres, mu[chosen]])
+    for _ in range(10):
+        share = torch.nn.functional.one_hot(torch.cdist(mu, centres).argmin(dim=1), components).to(mu)
+        count = share.sum(dim=0)[:, None]
+        centres = torch.where(count > 0, (share.T @ mu) / count.clamp_min(1), centres)
+    return share
