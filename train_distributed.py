@@ -75,9 +75,9 @@ def finish(storage: Storage, config: Config, logdir: str) -> None:
     say(f"""
 the run     {storage.uri}
 the model   {folder}
-next        tensorboard --logdir {logdir}
-            dogvae sample {folder} -n 64 -o samples.png
-            dogvae interpolate {folder} ONE.jpg ANOTHER.jpg -o walk.gif""")
+next        tensorboard --logdir {shlex.quote(logdir)}
+            dogvae sample {shlex.quote(folder)} -n 64 -o samples.png
+            dogvae playground {shlex.quote(folder)}""")
 
 
 if __name__ == "__main__":

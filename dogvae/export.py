@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,8 +77,10 @@ def export_again(run: str) -> str:
 
 def is_export(path: str) -> bool:
     """Whether this is the folder of an exported model rather than of a run."""
-    config = Path(path) / CONFIG
-    return config.is_file() and EXPORT_FORMAT in config.read_text(errors="replace")
+    try:
+        return EXPORT_FORMAT.encode() in Storage(path).read(CONFIG)
+    except OSError:
+        return False
 
 
 def _prior(model: VAE, data: Dataset) -> dict[str, Tensor]:

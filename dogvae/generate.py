@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from dogvae.config import ModelConfig
 from dogvae.console import UsageError
-from dogvae.dataset import Dataset, Split, random_words, sha256_of
+from dogvae.dataset import Dataset, Split, random_words
 from dogvae.inputs import Picture, Pictures, pixels
 from dogvae.model import VAE
 from dogvae.pictures import to_uint8
 from dogvae.prior import Mixture
+from dogvae.storage import Storage
 
 EXPORT_FORMAT, EXPORT_VERSION = "dogvae-export", 2
 PRIORS = ("mixture", "gaussian", "normal")  # the first is the default
@@ -35,35 +37,38 @@ NORMAL, CHOICE = 4, 5  # what a draw is for; see step.NOISE
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:
-    """The model of an export folder, on `device` (default: the GPU if there is one).
+    """The model of an export folder, also `s3://...`, on `device` (default: the GPU if there is one).
 
     Nothing in the folder is executed. Raises UsageError if it is no export, of another version, or damaged.
     """
-    folder = Path(path)
-    place = _device(device)
+    folder, place = Storage(path), _device(device)
     try:
-        about = json.loads((folder / "config.json").read_text())
+        about = json.loads(folder.read("config.json"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{folder} is no exported model: {error}; a run keeps its own in RUN/export") from error
+        why = "it has no config.json" if isinstance(error, FileNotFoundError) else str(error)
+        raise UsageError(f"{path} is no exported model: {why}; a run keeps its own in RUN/export") from error
     if not isinstance(about, dict) or about.get("format") != EXPORT_FORMAT:
-        raise UsageError(f"{folder} is no exported model; a run keeps its own in RUN/export")
+        raise UsageError(f"{path} is no exported model; a run keeps its own in RUN/export")
     if (version := about.get("version")) != EXPORT_VERSION:
         older = isinstance(version, int) and version < EXPORT_VERSION
         remedy = "export it again: dogvae export RUN" if older else "it needs a newer dogvae"
-        raise UsageError(f"{folder} has format version {version}, this dogvae reads {EXPORT_VERSION}: {remedy}")
+        raise UsageError(f"{path} has format version {version}, this dogvae reads {EXPORT_VERSION}: {remedy}")
     try:
-        for name, digest in about["files"].items():
-            if sha256_of(folder / name) != digest:
-                raise UsageError(f"{folder}/{name} is damaged: it is not what was exported; export the run again")
+        tensors = {}
+        for name in ("model.safetensors", "prior.safetensors"):
+            content = folder.read(name)
+            if hashlib.sha256(content).hexdigest() != about["files"][name]:
+                raise UsageError(f"{path}/{name} is damaged: it is not what was exported; export the run again")
+            tensors[name] = safetensors.torch.load(content)
         model = VAE(ModelConfig(**about["model"]))
-        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-        return DogVAE(model, place, about, safetensors.torch.load_file(folder / "prior.safetensors"))
+        model.load_state_dict(tensors["model.safetensors"])
+        return DogVAE(model, place, about, tensors["prior.safetensors"])
     except UsageError:
         raise
     except OSError as error:
-        raise UsageError(f"{folder} is damaged: {error}; export the run again") from error
+        raise UsageError(f"{path} is damaged: {error}; export the run again") from error
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{folder} is damaged: {str(error).splitlines()[0]}; export the run again") from error
+        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}; export the run again") from error
 
 
 def _device(device: str | torch.device | None) -> torch.device:

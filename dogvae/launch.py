@@ -190,7 +190,7 @@ def _watch(hub: Any, fit: Future[Any], received: list[int], line: Progress, conf
         for kind, *payload in ray.get(hub.take.remote()):
             if kind == "progress":
                 epoch, step, steps = payload
-                line.update(epoch + step / steps, config.epochs, f"epoch {epoch + 1}/{config.epochs} {last}")
+                line.update(epoch + step / steps, config.epochs, f"epoch {epoch + 1}/{config.epochs} {last}".rstrip())
             elif kind == "epoch":
                 (record,) = payload
                 last = describe(record)

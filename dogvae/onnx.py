@@ -38,6 +38,8 @@ def export_onnx(folder: str | Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError("--onnx: needs more packages: pip install 'dogvae[onnx]'") from error
+    if "://" in str(folder):
+        raise UsageError(f"--onnx: {folder} is not on a disk of this machine; copy it to one first")
     playing = load(folder, "cpu")
     model = playing.model
     pictures = torch.rand(2, 3, playing.size, playing.size, generator=torch.Generator().manual_seed(0))

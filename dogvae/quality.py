@@ -46,8 +46,8 @@ def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, tell
     tell("validation, part", 1, 2)
     figures["ssim"] = _mean_ssim(net, val, model.device)
     figures |= bounds(model, val, samples, tell)
-    n = min(SAMPLED, max(len(val), len(dataset.train)))
-    kinds: dict[str, Callable[[], Iterator[Tensor]]] = {"validation": lambda: _chunks(val, len(val))}
+    n = min(SAMPLED, max(len(val), len(dataset.train)))  # of each kind, or as many as there are
+    kinds: dict[str, Callable[[], Iterator[Tensor]]] = {"validation": lambda: _chunks(val, n)}
     kinds["training"] = lambda: _chunks(dataset.train, n)
     for prior in PRIORS:
         kinds[prior] = lambda prior=prior: _drawn(model, n, prior)  # type: ignore[misc]
@@ -152,7 +152,7 @@ def _frechets(
         parts: list[Tensor] = []
         for x in chunks():
             parts.append(network(x).float().cpu())
-            tell(f"Frechet distance, {kind}, image", sum(map(len, parts)), n)
+            tell(f"Frechet distance, {kind} images, at most", sum(map(len, parts)), n)
         features[kind] = torch.cat(parts)
     first, *others = features
     return {kind: frechet(features[first], features[kind]) for kind in others}

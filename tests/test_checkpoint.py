@@ -331,10 +331,10 @@ class Failing(Storage):
 
 
 def test_pauses_grow_and_begin_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two states wait; seven tries fail before the first, three before the second: 91 s and 7 s, each less than 100."""
+    """Two states wait; seven tries fail before the first, three before the second: 91 s and 7 s, each less than 93."""
     clock, told, free = Clock(), list[str](), threading.Event()
     monkeypatch.setattr("dogvae.checkpoint.time", clock)
-    checkpoints = Checkpoints(Failing(tmp_path, [*range(7), 8, 9, 10]), told.append, patience_s=95)
+    checkpoints = Checkpoints(Failing(tmp_path, [*range(7), 8, 9, 10]), told.append, patience_s=93)
     checkpoints._thread.submit(free.wait, 30)
     checkpoints.save(tensors(10), meta(10, 1.0))
     checkpoints.save(tensors(20), meta(20))

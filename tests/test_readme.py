@@ -70,6 +70,14 @@ def test_commands_for_your_own_dogs(checkout: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     for picture in ("samples.png", "reconstructions.png", "walk.gif"):
         assert (checkout / picture).stat().st_size > 1000
+    playing = [c for c in COMMANDS if re.match("dogvae (directions|neighbours|evaluate)", c)]
+    assert len(playing) == 3
+    for command in playing:
+        done = shell(command, checkout)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    assert "negative ELBO" in done.stdout
+    for picture in ("directions.png", "neighbours.png"):
+        assert (checkout / picture).stat().st_size > 1000
     python = re.search(r"```python\n(.*?)```", README, re.S)
     assert python
     check = "; assert dogs.shape == (64, 64, 64, 3) and walk.shape == (32, 64, 64, 3); print(latents.shape)"
@@ -122,7 +130,8 @@ def test_tensorboard_starts(checkout: Path) -> None:
 
 
 def test_every_command_is_covered() -> None:
-    known = r"pip install|dogvae (prepare|sample|reconstruct|interpolate)|train_distributed\.py|tensorboard|-m tune"
+    playing = "sample|reconstruct|interpolate|playground|directions|neighbours|evaluate"
+    known = rf"pip install|dogvae (prepare|{playing})|train_distributed\.py|tensorboard|-m tune"
     assert all(re.search(known, command) for command in COMMANDS)
     assert COMMANDS[1].endswith("pip install -e '.[dev]' && pytest")
-    assert len(COMMANDS) == 14
+    assert len(COMMANDS) == 18

@@ -63,6 +63,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     second.workers(TRIAL)[0].kill()
     second.wait_until(lambda: "done" in states(where).values())
     names = [e["name"] for e in json.loads((where / "runs/s/trials.json").read_text()) if e["state"] == "done"]
+    assert "trial 0 has lost its process or node: it goes on from its last checkpoint" in second.text()
+    assert "Traceback" not in second.text()
     kept = {path: path.read_bytes() for n in names if (path := where / f"runs/s/trials/{n}/metrics.jsonl").exists()}
     family = second.family()
     second.process.kill()

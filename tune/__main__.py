@@ -207,7 +207,7 @@ def finish(found: Search, name: str, where: str, interrupted: bool) -> None:
     say(f"""
 the model   {folder.uri}
 next        python -m tune dashboard {name}{where}
-            dogvae sample {folder.uri} -n 64 -o samples.png
+            dogvae sample {shlex.quote(folder.uri)} -n 64 -o samples.png
             python train_distributed.py{where} --from-search {name} --epochs {10 * config.epochs}""")
 
 

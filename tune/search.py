@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # a traceback each; `_Watch` says it in a line
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -158,6 +159,10 @@ class _Watch(tune.Callback):
             all_done = self._view.epochs_of(entry.number) >= self._plan.config.epochs
             self._set(entry, state="done" if all_done else "stopped")
         self._view.ended(entry.number)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        number = self._entry(trial).number
+        self._view.note(f"trial {number} has lost its process or node: it goes on from its last checkpoint")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         lines = str(trial.get_error() or "its process died").strip().splitlines()

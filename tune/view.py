@@ -25,6 +25,7 @@ class View:
         self._best: dict[int, dict[str, Any]] = {}
         self._last: dict[int, int] = {}
         self._news: list[int] = []
+        self._notes: list[str] = []
         self._replayed = {entry.number for entry in known if entry.state in ENDED[:2]}
         self._known = {entry.number: entry for entry in known}
         self._began = time.monotonic()
@@ -45,6 +46,10 @@ class View:
         """A trial will do no more."""
         if number not in self._replayed:
             self._news.append(number)
+
+    def note(self, line: str) -> None:
+        """Show a lasting line."""
+        self._notes.append(line)
 
     def at_work(self) -> bool:
         """Whether a trial is training, or being saved."""
@@ -76,6 +81,8 @@ class View:
             last = fit.done()
             if line := self._stop(hub, received, end):
                 say(line)
+            while self._notes:
+                say(self._notes.pop(0))
             while self._news:
                 say(f"{self._describe(self.entries[self._news.pop(0)])}; {self._summary()}")
                 told = time.monotonic()
@@ -96,6 +103,8 @@ class View:
                 last = fit.done()
                 if line := self._stop(hub, received, end):
                     console.print(line)
+                while self._notes:
+                    console.print(self._notes.pop(0), highlight=False, markup=False)
                 live.update(self._table(console.height - 4), refresh=True)
                 if last:
                     return
