@@ -7,12 +7,16 @@ replicas (`dogvae.serve`).
 from __future__ import annotations
 
 import base64
+import os
 import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import anyio
 import anyio.to_thread
 import numpy as np
 from fastapi import FastAPI, Request
@@ -21,15 +25,18 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dogvae.console import UsageError, say, stop_signals
-from dogvae.generate import PRIORS, DogVAE, load
+from dogvae.generate import METHODS, PRIORS, DogVAE, load
 from dogvae.inputs import photo
 from dogvae.pictures import animation, png
 
 PAGE = Path(__file__).with_name("playground.html")
 SLIDERS, SPAN = 12, 3.0  # principal directions on the page, and how far they go in standard deviations
 MOST_BYTES = 20 << 20  # of an upload
+PIECE = 4  # pictures that are decoded before others have their turn
 MOST_SAMPLES, MOST_STOPS, MOST_STEPS = 64, 8, 64
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 POLICY = (  # the page needs nothing from elsewhere, and no other page may frame it
@@ -48,7 +55,7 @@ class Sample(BaseModel):
     n: int = Field(12, ge=1, le=MOST_SAMPLES)
     seed: int = Field(0, ge=0, lt=2**53)
     temperature: float = Field(1.0, ge=0, le=3)
-    prior: str = PRIORS[0]
+    prior: str = Field(PRIORS[0], max_length=32)
 
 
 class Move(BaseModel):
@@ -63,12 +70,35 @@ class Walk(BaseModel):
 
     latents: list[Latent] = Field(min_length=2, max_length=MOST_STOPS)
     steps: int = Field(33, ge=2, le=MOST_STEPS)
-    method: str = "linear"
+    method: str = Field(METHODS[0], max_length=32)
+
+
+class _Limit:
+    """Refuses a request whose body is larger than may be, while it comes: nothing of that size is ever in memory."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        came = 0
+
+        async def limited() -> Message:
+            nonlocal came
+            message = await receive()
+            came += len(message.get("body", b""))
+            if came > MOST_BYTES:
+                raise HTTPException(413, f"a photo may have {MOST_BYTES >> 20} MB at most")
+            return message
+
+        await self._app(scope, limited, send)
 
 
 def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
     """The page and what it calls, for one model. Whatever is wrong with a request is answered with 4xx and a line."""
     app = FastAPI(title="DogVAE playground", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_Limit)
+    reading = anyio.Lock()
+    known: dict[str, Any] = {}
 
     async def dogs(latents: np.ndarray) -> list[dict[str, str]]:
         return [
@@ -85,23 +115,24 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
 
     @app.get("/")
     async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": POLICY})
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": POLICY})
 
     @app.get("/api/about")
     async def about() -> dict[str, Any]:
+        if known:
+            return known
         moves = (model.directions * model.scales[:, None, None, None])[:SLIDERS]
         ends = [_url(p) for p in await decode(np.concatenate([model.mean - SPAN * moves, model.mean + SPAN * moves]))]
         (mean,) = await dogs(model.mean[None])
-        return {
-            "name": name,
-            "size": model.size,
-            "latents": model.mean.size,
-            "priors": PRIORS,
-            "directions": [
-                {"low": low, "high": high} for low, high in zip(ends[: len(moves)], ends[len(moves) :], strict=True)
-            ],
-            "mean": mean,
-        }
+        known.update(
+            name=name,
+            size=model.size,
+            latents=model.mean.size,
+            priors=PRIORS,
+            directions=[{"low": a, "high": b} for a, b in zip(ends[: len(moves)], ends[len(moves) :], strict=True)],
+            mean=mean,
+        )
+        return known
 
     @app.post("/api/sample")
     async def sample(wish: Sample) -> dict[str, Any]:
@@ -117,14 +148,12 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
 
     @app.post("/api/photo")
     async def upload(request: Request) -> dict[str, str]:
-        data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > MOST_BYTES:
-                raise HTTPException(413, f"a photo may have {MOST_BYTES >> 20} MB at most")
+        data = await request.body()
         if not data:
             raise UsageError("the photo is empty")
-        pixels = await _thread(lambda: photo(bytes(data), "this photo", model.size).transpose(1, 2, 0))
+        # One after another: a photo may be 90 million pixels, and what Pillow warns of is a setting of the process.
+        async with reading:
+            pixels = await _thread(lambda: photo(data, "this photo", model.size).transpose(1, 2, 0))
         (dog,) = await dogs(await _thread(lambda: model.encode(pixels)))
         return {**dog, "photo": _url(pixels)}
 
@@ -148,7 +177,11 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse({"error": str(error.detail)}, error.status_code)
+        return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # that nobody reads
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -169,14 +202,14 @@ def serve(export: str, device: str | None, host: str, port: int) -> int:
     listener = _listen(host, port)
     with listener, stop_signals() as stopped:
         model = load(export, device)
-        one = threading.Lock()  # the network uses all cores for one call; two at a time are not sooner ready
-
-        def locked(latents: np.ndarray) -> np.ndarray:
-            with one:
-                return model.decode(latents)
+        one = anyio.Lock()  # the network uses all cores for one call: two at a time are not sooner ready
 
         async def decode(latents: np.ndarray) -> np.ndarray:
-            return await _thread(lambda: locked(latents))
+            pictures = []
+            for start in range(0, len(latents), PIECE):
+                async with one:  # whoever waits longest is next: a slider does not wait for all of a long walk
+                    pictures.append(await _thread(partial(model.decode, latents[start : start + PIECE])))
+            return np.concatenate(pictures)
 
         app = make_app(model, _name(export), decode)
         if host in LOOPBACK:
@@ -193,6 +226,9 @@ def serve(export: str, device: str | None, host: str, port: int) -> int:
             thread.join(0.2)
         server.should_exit = True
         thread.join(5)
+        if thread.is_alive():  # in a long request, and torch aborts when Python ends under it
+            sys.stdout.flush()
+            os._exit(128 + stopped[0])
         return 128 + stopped[0] if stopped else 1
 
 
@@ -210,6 +246,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen()  # from now on nobody else gets the port, and whoever comes early waits
     except OSError as error:
         raise UsageError(f"--host {host} --port {port}: {error.strerror or error}") from error
     return listener
