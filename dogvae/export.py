@@ -24,6 +24,7 @@ from dogvae.step import part
 from dogvae.storage import Storage
 
 FOLDER = "export"
+ONNX = ("encoder.onnx", "decoder.onnx")
 DIRECTIONS = 32  # principal ones that are kept
 
 
@@ -34,12 +35,14 @@ def export(run: Storage, config: Config, folder: Storage | None = None) -> Stora
     no finished epoch.
     """
     best = Checkpoints(run).best()
-    if best is None or best.meta["val_loss"] is None:
+    if best is None or best.meta.get("val_loss") is None:
         raise UsageError(f"{run.uri} has no finished epoch to export: train it first")
     weights = part(best.tensors, "ema") or part(best.tensors, "model")
     model = VAE(config.model).eval()
     model.load_state_dict(weights)
     data = Dataset(config.data)
+    if data.fingerprint != config.fingerprint:
+        raise UsageError(f"{config.data} is not what this run was trained on (its fingerprint differs)")
     fitted = _prior(model, data)
     files = {
         "model.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in weights.items()}),
@@ -60,6 +63,8 @@ def export(run: Storage, config: Config, folder: Storage | None = None) -> Stora
     files["README.md"] = _card(about).encode()
     files[CONFIG] = (json.dumps(about, indent=2) + "\n").encode()
     folder = folder or run / FOLDER
+    for name in ONNX:  # made of other weights
+        folder.delete(name)
     for name, content in files.items():
         folder.write(name, content)
     return folder
@@ -69,7 +74,7 @@ def export_again(run: str) -> str:
     """Export a run from its best checkpoint, whatever was there before. Returns where; UsageError if it is no run."""
     storage = Storage(run)
     try:
-        config = Config.from_json(storage.read(CONFIG).decode(), f"{run}/{CONFIG}")
+        config = Config.from_json(storage.read(CONFIG).decode(errors="replace"), f"{run}/{CONFIG}")
     except OSError as error:
         raise UsageError(f"{run} is no run: it has no {CONFIG}") from error
     return export(storage, config).uri
@@ -78,9 +83,10 @@ def export_again(run: str) -> str:
 def is_export(path: str) -> bool:
     """Whether this is the folder of an exported model rather than of a run."""
     try:
-        return EXPORT_FORMAT.encode() in Storage(path).read(CONFIG)
-    except OSError:
+        about = json.loads(Storage(path).read(CONFIG))
+    except (OSError, ValueError):
         return False
+    return isinstance(about, dict) and about.get("format") == EXPORT_FORMAT
 
 
 def _prior(model: VAE, data: Dataset) -> dict[str, Tensor]:

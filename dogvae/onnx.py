@@ -44,13 +44,14 @@ def export_onnx(folder: str | Path) -> None:
     model = playing.model
     pictures = torch.rand(2, 3, playing.size, playing.size, generator=torch.Generator().manual_seed(0))
     latents = torch.from_numpy(playing.sample_latents(2))
-    for name, network, example, outputs in (
-        ("encoder", model.encoder, pictures, ["mean", "logvar"]),
-        ("decoder", _Decoder(model).eval(), latents, ["pictures"]),
-    ):
-        path = Path(folder) / f"{name}.onnx"
-        partial = path.with_name(f".{path.name}.partial")
-        try:
+    made = {}
+    try:
+        for name, network, example, outputs in (
+            ("encoder", model.encoder, pictures, ["mean", "logvar"]),
+            ("decoder", _Decoder(model).eval(), latents, ["pictures"]),
+        ):
+            path = Path(folder) / f"{name}.onnx"
+            made[path] = partial = path.with_name(f".{path.name}.partial")
             torch.onnx.export(
                 network,
                 (example,),
@@ -65,12 +66,14 @@ def export_onnx(folder: str | Path) -> None:
             )
             # Another batch than the example's: it must not have been taken for a constant.
             apart = _difference(network, partial, torch.cat([example, example.flip(0), example[:1]]))
-            if apart > TOLERANCE:
+            if not apart <= TOLERANCE:  # NaN is not either
                 raise RunFailed(f"{path} would differ from torch by {apart:.2g} of its largest output")
+            say(f"{path}: at most {apart:.1g} from torch")
+        for path, partial in made.items():
             partial.replace(path)
-        finally:
+    finally:
+        for partial in made.values():
             partial.unlink(missing_ok=True)
-        say(f"{path}: at most {apart:.1g} from torch")
 
 
 @torch.inference_mode()
@@ -82,4 +85,5 @@ def _difference(network: nn.Module, path: Path, x: Tensor) -> float:
     theirs: Sequence[np.ndarray] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     ours = network(x)
     pairs = zip(ours if isinstance(ours, tuple) else (ours,), theirs, strict=True)
-    return max(float(np.abs(a.numpy() - b).max() / np.abs(a.numpy()).max()) for a, b in pairs)
+    apart = [np.abs(a.numpy() - b).max() / max(np.abs(a.numpy()).max(), 1e-12) for a, b in pairs]
+    return float(np.max(apart))

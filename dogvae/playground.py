@@ -109,9 +109,12 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
     def unpack(latent: str) -> np.ndarray:
         try:
             numbers = np.frombuffer(base64.b64decode(latent, validate=True), "<f4")
-            return numbers.reshape(model.latent_shape).astype(np.float32)
+            numbers = numbers.reshape(model.latent_shape).astype(np.float32)
         except ValueError as error:
             raise UsageError("this is no latent of this model") from error
+        if not np.isfinite(numbers).all():  # on a cluster it would spoil the requests that it is decoded with
+            raise UsageError("this latent has numbers that are not finite")
+        return numbers
 
     @app.get("/")
     async def page() -> HTMLResponse:

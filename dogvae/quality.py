@@ -56,7 +56,7 @@ def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, tell
     if inception:
         try:
             network = _inception(model.device)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: what came is something else
             reason = getattr(error, "reason", error)
             figures["without_inception"] = f"the Inception network's weights could not be downloaded: {reason}"
         else:
@@ -152,7 +152,7 @@ def _frechets(
         parts: list[Tensor] = []
         for x in chunks():
             parts.append(network(x).float().cpu())
-            tell(f"Frechet distance, {kind} images, at most", sum(map(len, parts)), n)
+            tell(f"Frechet distance, {kind}: image", sum(map(len, parts)), n)
         features[kind] = torch.cat(parts)
     first, *others = features
     return {kind: frechet(features[first], features[kind]) for kind in others}
@@ -206,8 +206,10 @@ def table(figures: dict[str, Any], samples: int) -> str:
         ("  KL to N(0, I)", f"{figures['kl']:,.1f} nats"),
         ("  KL to the fitted Gaussian", f"{figures['kl_by_prior']['gaussian']:,.1f} nats"),
         ("  KL to the fitted mixture", f"{figures['kl_by_prior']['mixture']:,.1f} nats"),
-        (f"-log p(x) <= , N(0, I), {samples} draws", f"{figures['importance_weighted']['normal']:,.1f} nats"),
-        (f"-log p(x) <= , mixture, {samples} draws", f"{figures['importance_weighted']['mixture']:,.1f} nats"),
+        *(
+            (f"-log p(x) at most, {samples} draws, {name}", f"{figures['importance_weighted'][prior]:,.1f} nats")
+            for prior, name in (("normal", "N(0, I)"), ("gaussian", "Gaussian"), ("mixture", "mixture"))
+        ),
         ("explained (0: the mean image, 1: perfect)", f"{figures['explained']:.3f}"),
         ("PSNR", f"{figures['psnr']:.2f} dB"),
         ("SSIM", f"{figures['ssim']:.3f}"),

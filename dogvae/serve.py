@@ -15,6 +15,8 @@ from ray import serve
 from dogvae.generate import CHUNK, load
 from dogvae.playground import _name, _thread, make_app
 
+AT_ONCE = 2 * CHUNK["cuda"]  # requests of a replica: enough for one batch to wait while another is decoded
+
 
 class Arguments(BaseModel):
     """What `serve run` may be given."""
@@ -49,5 +51,7 @@ class Playground:
 
 def app(args: Arguments) -> serve.Application:
     """What `serve run` starts."""
-    deploy = serve.deployment(num_replicas=args.replicas, ray_actor_options={"num_gpus": args.gpus})
+    deploy = serve.deployment(
+        num_replicas=args.replicas, ray_actor_options={"num_gpus": args.gpus}, max_ongoing_requests=AT_ONCE
+    )
     return deploy(Playground).bind(args.export)
