@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,29 +114,27 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    output, model = _begin(args)
-    from dogvae.pictures import ARRAY, save
+    output, model = _begin(args, args.n)
+    from dogvae.pictures import ARRAY, save, save_array
 
     drawn = (args.seed, args.temperature, args.prior)
     if output.suffix.lower() not in ARRAY:
         save(output, model.sample(args.n, *drawn), columns=8)
         return
-    import numpy as np
-
     with Progress("sampling") as line:
-        array: Any = None
-        done = 0
-        for batch in model.samples(args.n, *drawn):
-            if array is None:
-                shape = (args.n, *batch.shape[1:])
-                array = np.lib.format.open_memmap(output, "w+", np.uint8, shape)
-            array[done : done + len(batch)] = batch
-            done += len(batch)
-            line.update(done, args.n, f"{done:,} of {args.n:,} dogs")
+
+        def batches() -> Iterator[Any]:
+            done = 0
+            for batch in model.samples(args.n, *drawn):
+                yield batch
+                done += len(batch)
+                line.update(done, args.n, f"{done:,} of {args.n:,} dogs")
+
+        save_array(output, batches(), args.n)
 
 
 def _reconstruct(args: argparse.Namespace) -> None:
-    output, model = _begin(args)
+    output, model = _begin(args, 2 * len(args.photos))
     import numpy as np
 
     from dogvae.pictures import save
@@ -146,10 +144,10 @@ def _reconstruct(args: argparse.Namespace) -> None:
 
 
 def _walk(args: argparse.Namespace) -> None:
-    output, model = _begin(args)
+    stops = args.photos if args.command == "walk" else [args.a, args.b]
+    output, model = _begin(args, (len(stops) - 1) * (args.steps - 1) + 1)
     from dogvae.pictures import save
 
-    stops = args.photos if args.command == "walk" else [args.a, args.b]
     save(output, model.walk(stops, args.steps, args.method), columns=8)
 
 
@@ -158,7 +156,7 @@ def _directions(args: argparse.Namespace) -> None:
         raise UsageError("--with and --without belong together: photos that have something, and photos that do not")
     if args.n < 1:
         raise UsageError(f"-n: {args.n} is too small, it must be at least 1")
-    output, model = _begin(args)
+    output, model = _begin(args, 9 * args.n)
     import numpy as np
 
     from dogvae.pictures import save
@@ -173,7 +171,7 @@ def _directions(args: argparse.Namespace) -> None:
 
 
 def _neighbours(args: argparse.Namespace) -> None:
-    output, model = _begin(args)
+    output, model = _begin(args, (len(args.photos) or args.n) * (args.k + 1))
     import numpy as np
 
     from dogvae.pictures import save
@@ -236,12 +234,12 @@ def _export(args: argparse.Namespace) -> None:
     say(exported)
 
 
-def _begin(args: argparse.Namespace) -> tuple[Path, Any]:
-    """Where the output goes, checked, and the model."""
+def _begin(args: argparse.Namespace, n: int) -> tuple[Path, Any]:
+    """Where the output of `n` pictures goes, checked, and the model."""
     from dogvae.pictures import check_output
 
     output = Path(args.output)
-    check_output(output)
+    check_output(output, n)
     import dogvae
 
     return output, dogvae.load(args.export, args.device)

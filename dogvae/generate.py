@@ -60,7 +60,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:
             if hashlib.sha256(content).hexdigest() != about["files"][name]:
                 raise UsageError(f"{path}/{name} is damaged: it is not what was exported; export the run again")
             tensors[name] = safetensors.torch.load(content)
-        model = VAE(ModelConfig(**about["model"]))
+        model = VAE(_config(about["model"]))
         model.load_state_dict(tensors["model.safetensors"])
         return DogVAE(model, place, about, tensors["prior.safetensors"])
     except UsageError:
@@ -69,6 +69,13 @@ def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:
         raise UsageError(f"{path} is damaged: {error}; export the run again") from error
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}; export the run again") from error
+
+
+def _config(settings: dict[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig(**settings)
+    except UsageError as error:
+        raise ValueError(f"config.json: {error}") from error
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -100,8 +107,10 @@ class DogVAE:
             for name in ("mixture", "gaussian")
         }
         directions, scales = prior["directions"], prior["scales"]
-        if any(p.means.shape[1:] != (d,) or p.factors.shape[1:] != (d, d) for p in self._priors.values()):
-            raise ValueError("its prior is another model's")
+        for mixture in self._priors.values():
+            k = len(mixture.weights)
+            if not k or (mixture.means.shape, mixture.factors.shape) != ((k, d), (k, d, d)):
+                raise ValueError("its prior is another model's")
         if directions.shape != (len(scales), d):
             raise ValueError("its directions are another model's")
         self.directions: np.ndarray = directions.reshape(-1, *self.latent_shape).numpy()
@@ -117,12 +126,7 @@ class DogVAE:
         `prior`: "mixture" or "gaussian", fitted to the training images' latents, or "normal", N(0, I) as in the
         notebook. `temperature` scales what is drawn around the prior's means: below 1, more ordinary dogs.
         """
-        free = psutil.virtual_memory().available
-        if n * 3 * self.size**2 > free / 2:
-            raise UsageError(
-                f"-n: {n:,} pictures take {n * 3 * self.size**2 / 1e9:,.0f} GB, here are {free / 1e9:.0f} GB free; "
-                "`samples` gives them one batch after another, and `dogvae sample -o FILE.npy` writes them so"
-            )
+        _fits(n, 3 * self.size**2)
         return self._out(np.concatenate(list(self.samples(n, seed, temperature, prior))), pil)
 
     def samples(self, n: int, seed: int = 0, temperature: float = 1.0, prior: str = PRIORS[0]) -> Iterator[np.ndarray]:
@@ -132,6 +136,7 @@ class DogVAE:
 
     def sample_latents(self, n: int, seed: int = 0, temperature: float = 1.0, prior: str = PRIORS[0]) -> np.ndarray:
         """The latents (n, d, 4, 4) of what `sample` gives."""
+        _fits(n, 4 * self.mean.size)
         return np.concatenate(list(self._latents(n, seed, temperature, prior)))
 
     def _latents(self, n: int, seed: int, temperature: float, prior: str) -> Iterator[np.ndarray]:
@@ -158,7 +163,9 @@ class DogVAE:
 
     def log_prior(self, latents: np.ndarray, prior: str = PRIORS[0]) -> np.ndarray:
         """Log density (n,) in nats, float64, of latents (n, d, 4, 4) under a prior."""
-        z = torch.from_numpy(latents).flatten(1).double()
+        z = self._z(latents).flatten(1).double()
+        if prior not in PRIORS:
+            raise UsageError(f"--prior: {prior!r} is none of {', '.join(PRIORS)}")
         if prior == "normal":
             return torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1).numpy()
         return self._priors[prior].double().log_prob(z).numpy()
@@ -172,14 +179,19 @@ class DogVAE:
     @torch.inference_mode()
     def decode(self, latents: np.ndarray | Tensor, pil: bool = False) -> Any:
         """Pictures (n, h, w, 3) uint8 of latents (n, d, 4, 4)."""
-        z = torch.as_tensor(latents, dtype=torch.float32)
+        out = self._chunked(lambda part: to_uint8(self.model.decode_mean(part)), self._z(latents))
+        return self._out(np.ascontiguousarray(out.transpose(0, 2, 3, 1)), pil)
+
+    def _z(self, latents: np.ndarray | Tensor) -> Tensor:
+        """Latents (n, d, 4, 4) of any number type and memory layout, as float32 on the CPU."""
+        array = latents.detach().cpu().numpy() if isinstance(latents, Tensor) else latents
+        z = torch.from_numpy(np.array(array, np.float32, order="C"))
         if z.shape[1:] != self.latent_shape:
             shape = ", ".join(map(str, self.latent_shape))
             raise UsageError(f"latents have shape {tuple(z.shape)}, this model's are (n, {shape})")
         if not z.isfinite().all():
             raise UsageError("latents hold numbers that are not finite")
-        out = self._chunked(lambda part: to_uint8(self.model.decode_mean(part)), z)
-        return self._out(np.ascontiguousarray(out.transpose(0, 2, 3, 1)), pil)
+        return z
 
     def _chunked(self, network: Callable[[Tensor], np.ndarray], x: Tensor) -> np.ndarray:
         if not len(x):
@@ -207,8 +219,6 @@ class DogVAE:
 
     def walk(self, pictures: Sequence[Picture], steps: int = 32, method: str = METHODS[0], pil: bool = False) -> Any:
         """A walk from each picture to the next, `steps` from one to the other: see `path`."""
-        if len(pictures) < 2:
-            raise UsageError("a walk needs at least two pictures")
         return self.decode(self.path(self.encode(pictures), steps, method), pil)
 
     def path(self, latents: np.ndarray, steps: int = 32, method: str = METHODS[0]) -> np.ndarray:
@@ -221,7 +231,10 @@ class DogVAE:
             raise UsageError(f"--steps: {steps} is too small, it must be at least 2")
         if method not in METHODS:
             raise UsageError(f"--method: {method!r} is none of {', '.join(METHODS)}")
-        z = torch.from_numpy(latents)
+        z = self._z(latents)
+        if len(z) < 2:
+            raise UsageError("a walk needs at least two pictures")
+        _fits((len(z) - 1) * steps, 3 * self.size**2)
         t = torch.linspace(0, 1, steps)[:, None, None, None]
         between = torch.lerp if method == "linear" else _slerp
         legs = [between(start, end, t) for start, end in itertools.pairwise(z)]
@@ -253,7 +266,9 @@ class DogVAE:
             raise UsageError(f"{data.path} has images of {data.size} pixels, this model is for {self.size}")
         mine = torch.from_numpy(self.encode(pictures)).flatten(1)
         theirs = posteriors(self.model, data.train, self.device, progress=progress)[0]
-        distances, indices = torch.cdist(mine, theirs).topk(min(k, len(theirs)), largest=False)
+        distances, indices = torch.cdist(mine, theirs, compute_mode="donot_use_mm_for_euclid_dist").topk(
+            min(k, len(theirs)), largest=False
+        )
         images = data.train.gather(indices.flatten().numpy()).numpy().transpose(0, 2, 3, 1)
         return indices.numpy(), distances.numpy(), images.reshape(*indices.shape, *images.shape[1:])
 
@@ -276,6 +291,16 @@ def posteriors(
         var.append(logvar.exp().flatten(1).cpu())
         progress(min(start + BATCH, n), n)
     return torch.cat(mu), torch.cat(var)
+
+
+def _fits(n: int, nbytes: int) -> None:
+    """UsageError if `n` pictures of so many bytes each would fill more than half of the memory that is free."""
+    free = psutil.virtual_memory().available
+    if n * nbytes > free / 2:
+        raise UsageError(
+            f"-n: {n:,} pictures take {n * nbytes / 1e9:,.0f} GB, here are {free / 1e9:.0f} GB free; "
+            "`samples` gives them one batch after another, and `dogvae sample -o FILE.npy` writes them so"
+        )
 
 
 def _slerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:

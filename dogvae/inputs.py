@@ -1,6 +1,7 @@
 """What a person may hand over as a picture, to the pixels that the model sees.
 
 A picture is one of: a path; a PIL image; a numpy array (h, w, 3) or grey (h, w); a torch tensor (3, h, w) or (1, h, w).
+An array (3, h, w) would be three grey pictures: torch's order of axes is for tensors.
 Arrays and tensors are uint8, or floating point in [0, 1]. Any size: it is cropped and resized as for training. Pictures
 are a sequence of those, an array or tensor with one more axis in front, or a single picture.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dogvae.console import UsageError
@@ -29,7 +30,12 @@ def pixels(pictures: Pictures, size: int) -> np.ndarray:
         isinstance(pictures, np.ndarray | Tensor)
         and pictures.ndim <= (3 if isinstance(pictures, Tensor) or pictures.shape[-1:] == (3,) else 2)
     )
-    several: list[Any] = [pictures] if single else list(pictures)  # type: ignore[arg-type]
+    try:
+        several: list[Any] = [pictures] if single else list(pictures)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UsageError(f"{_short(pictures)} is no picture") from error
+    if isinstance(pictures, np.ndarray) and pictures.ndim == 3 and pictures.shape[2] in (1, 2, 4):
+        raise UsageError(f"an array of shape {pictures.shape} is no picture: (h, w, 3) is")
     if not several:
         raise UsageError("there are no pictures")
     return np.stack([_pixels(p, size) for p in several])
@@ -43,16 +49,33 @@ def photo(data: bytes, name: str, size: int) -> np.ndarray:
     return decoded
 
 
-def _pixels(picture: Picture, size: int) -> np.ndarray:
+def _pixels(picture: Any, size: int) -> np.ndarray:
     if isinstance(picture, str | Path):
         try:
             return photo(Path(picture).read_bytes(), str(picture), size)
         except OSError as error:
             raise UsageError(f"{picture} cannot be read: {error.strerror}") from error
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(_bytes(picture))
-    _, decoded = _crop(to_rgb(image), size, None)
+        except ValueError as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"{picture!r} cannot be read: {error}") from error
+    if isinstance(picture, np.ndarray | Tensor):
+        picture = Image.fromarray(_bytes(picture))
+    if not isinstance(picture, Image.Image):
+        raise UsageError(f"{_short(picture)} is no picture")
+    if not (picture.width and picture.height):
+        raise UsageError(f"an image of {picture.width} x {picture.height} pixels is no picture")
+    try:
+        upright = ImageOps.exif_transpose(picture)  # as for a path: a telephone's photo may lie on its side
+        _, decoded = _crop(to_rgb(upright), size, None)
+    except OSError as error:  # it was opened, and is decoded only now
+        raise UsageError(f"an image cannot be used: {error}") from error
     assert isinstance(decoded, np.ndarray)
     return decoded
+
+
+def _short(thing: Any) -> str:
+    return f"{type(thing).__name__} {' '.join(repr(thing).split())[:60]}"
 
 
 def _bytes(array: np.ndarray | Tensor) -> np.ndarray:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from dogvae.console import UsageError
 from dogvae.model import VAE
+from dogvae.storage import Storage
 
 STILL, MOVING, VIDEO, ARRAY = (".png",), (".gif", ".webp"), (".mp4",), (".npy",)
 SUFFIXES = STILL + MOVING + VIDEO + ARRAY
@@ -71,27 +75,57 @@ def _mp4(frames: list[Image.Image]) -> bytes:
     return buffer.getvalue()
 
 
-def check_output(path: Path) -> None:
-    """UsageError unless `save` can write there."""
-    if path.suffix.lower() not in SUFFIXES:
+def check_output(path: Path, n: int) -> None:
+    """UsageError unless `save` can write `n` images there."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise UsageError(f"-o: {path} must end in one of {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"-o: there is no folder {path.parent}")
-    if path.is_dir():
-        raise UsageError(f"-o: {path} is a folder")
-    if path.suffix.lower() in VIDEO:
+    try:
+        if not path.parent.is_dir():
+            raise UsageError(f"-o: there is no folder {path.parent}")
+        if path.is_dir():
+            raise UsageError(f"-o: {path} is a folder")
+    except OSError as error:
+        raise UsageError(f"-o: {path} cannot be written: {error.strerror}") from error
+    if n > MOST_IN_GRID and suffix not in ARRAY:
+        raise UsageError(f"-o: {n:,} pictures are too many for {suffix}, at most {MOST_IN_GRID:,}; take .npy")
+    if suffix in VIDEO:
         _mp4([Image.new("RGB", (16, 16))])
 
 
 def save(path: Path, images_nhw3: np.ndarray, columns: int) -> None:
-    """Write uint8 images (n, h, w, 3) as the suffix says: a PNG grid of `columns`, an animation, or the array."""
+    """Write uint8 images (n, h, w, 3) as the suffix says: a PNG grid of `columns`, an animation, or the array.
+
+    Raises UsageError if that cannot be done; then nothing is written.
+    """
     suffix = path.suffix.lower()
+    check_output(path, len(images_nhw3))
     if suffix in ARRAY:
-        np.save(path, images_nhw3)
+        save_array(path, iter([images_nhw3]), len(images_nhw3))
         return
-    if len(images_nhw3) > MOST_IN_GRID:
-        raise UsageError(f"-o: {len(images_nhw3):,} are too many for {suffix}, at most {MOST_IN_GRID:,}; take .npy")
-    path.write_bytes(png(grid(images_nhw3, columns)) if suffix in STILL else animation(images_nhw3, suffix))
+    content = png(grid(images_nhw3, columns)) if suffix in STILL else animation(images_nhw3, suffix)
+    try:
+        Storage(path.parent).write(path.name, content)
+    except OSError as error:
+        raise UsageError(f"-o: {path} cannot be written: {error.strerror}") from error
+
+
+def save_array(path: Path, batches: Iterator[np.ndarray], n: int) -> None:
+    """Write `n` uint8 images (n, h, w, 3), which come in batches, as one .npy file, when all have come."""
+    first = next(batches)
+    partial = path.with_name(f".{path.name}.partial")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape[1:])}
+    try:
+        with partial.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in itertools.chain([first], batches):
+                file.write(np.ascontiguousarray(batch).data)
+        partial.replace(path)
+    except OSError as error:
+        raise UsageError(f"-o: {path} cannot be written: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def normal(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 MOST_IMAGES = 20_000  # of the training split that are fitted to
 MOST_COMPONENTS = 32
 LEAST_IMAGES = 40  # of a component, on average
+LEAST_VARIANCE = 1e-6  # a latent that never varies has no density
 HELD_OUT = 5  # one image in so many decides the shrinkage and the number of components
 SHRINKAGE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # what correlations are lowered by: a few photos have chance ones
 MOST_STEPS, TOLERANCE = 50, 1e-4  # of expectation maximisation; nats per latent that a step must gain for another one
@@ -61,7 +62,7 @@ class Mixture:
 
 def fit(mu_nd: Tensor, var_nd: Tensor, progress: Callable[[str], None] = lambda text: None) -> tuple[Mixture, Mixture]:
     """One Gaussian, and the mixture whose number of components held-out images prefer, of posteriors N(mu, var)."""
-    mu, var = mu_nd.double(), var_nd.double()
+    mu, var = mu_nd.double(), var_nd.double().clamp_min(LEAST_VARIANCE)
     held = torch.arange(len(mu)) % HELD_OUT == 0
     noise = torch.randn(mu[held].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     z = mu[held] + var[held].sqrt() * noise.to(mu.device)
@@ -111,9 +112,11 @@ def _fit(mu: Tensor, var: Tensor, components: int, shrinkage: float) -> Mixture:
         pooled = scatter.sum(dim=0) / n
         pooled = torch.lerp(pooled, torch.diag(pooled.diagonal()), shrinkage)
         covariances = (scatter + d * pooled) / (count + d)[:, None, None] if components > 1 else pooled[None]
-        mixture = Mixture(count / n, means, torch.linalg.cholesky(covariances))
-        joint = mixture.expected(mu, var)
+        new = Mixture(count / n, means, torch.linalg.cholesky(covariances))
+        joint = new.expected(mu, var)
         bound = float(torch.logsumexp(joint, dim=1).mean()) / d
+        if bound > before:  # the average of the components is mixed in: a step may also lose
+            mixture = new
         if components == 1 or bound - before < TOLERANCE:
             break
         share, before = joint.softmax(dim=1), bound
