@@ -35,6 +35,11 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("--workers", type=int, help="parallel tasks (default: all CPUs of the cluster)")
     prepare.set_defaults(run=_prepare)
 
+    doctor = commands.add_parser("doctor", help="whether every node of the cluster has what training needs")
+    doctor.add_argument("--data", help="a prepared dataset that every node should see")
+    doctor.add_argument("--runs", default="runs", help="where runs are to be kept (default: runs)")
+    doctor.set_defaults(run=_doctor)
+
     def playing(name: str, run: Any, text: str, output: str | None = None) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.set_defaults(run=run)
@@ -111,6 +116,13 @@ def _prepare(args: argparse.Namespace) -> None:
     from dogvae.prepare import prepare
 
     prepare(args.source, args.out, size=args.size, crop=args.crop, val_fraction=args.val_fraction, workers=args.workers)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from dogvae import cluster, doctor
+
+    say(cluster.connect(args.verbose))
+    return 0 if doctor.show(doctor.examine(args.runs, args.data)) else 1
 
 
 def _sample(args: argparse.Namespace) -> None:

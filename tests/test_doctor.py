@@ -1,0 +1,108 @@
+"""The doctor: on a healthy machine, on one with something wrong, and what it makes of a node's answers."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dogvae.doctor import Finding, _judge, _versions, show
+from tests.command import Command
+from tests.faults.bench import make_dataset
+from tests.faults.net import ENV, Net, possible
+
+SCRIPT = str(Path(sys.executable).with_name("dogvae"))
+NODE = {"Resources": {"CPU": 4.0, "GPU": 1.0}}
+
+
+def answer(**changes: Any) -> dict[str, Any]:
+    """Of a node that has all that it should."""
+    well = {"versions": _versions(), "gpus": 1, "clock": 100.5, "disk": 50 << 30, "shm": 8 << 30}
+    return {**well, "storage": "", "probe": ".probe", "data": "", "images": 120, "fingerprint": "0123456789", **changes}
+
+
+def judged(**changes: Any) -> dict[str, Finding]:
+    findings = _judge(NODE, "10.0.0.1", answer(**changes), _versions(), 100.0, 101.0, "runs", "dataset")
+    return {f.check: f for f in findings}
+
+
+def test_all_is_well() -> None:
+    assert {name for name, f in judged().items() if not f.ok} == set()
+    assert judged()["dataset"].found == "120 images, fingerprint 01234567"
+
+
+@pytest.mark.parametrize(
+    ("check", "changes", "found"),
+    [
+        ("versions", {"versions": {**_versions(), "torch": "1.0"}}, r"^torch 1\.0, here "),
+        ("GPUs", {"gpus": 0}, "Ray counts 1, torch sees 0"),
+        ("clock", {"clock": 90.0}, "10 s off"),
+        ("clock", {"clock": 161.0}, "60 s off"),
+        ("disk", {"disk": 1 << 30}, "1 GB free"),
+        ("memory", {"shm": 64 << 20}, "0.1 GB"),
+        ("storage", {"storage": "permission denied"}, "permission denied"),
+        ("dataset", {"data": "there is no dataset"}, "there is no dataset"),
+    ],
+)
+def test_one_thing_is_wrong(check: str, changes: dict[str, Any], found: str) -> None:
+    """It alone is told, with what was found and what to do."""
+    wrong = {name: f for name, f in judged(**changes).items() if not f.ok}
+    assert list(wrong) == [check]
+    assert re.search(found, wrong[check].found)
+    assert wrong[check].remedy
+
+
+def test_a_clock_is_compared_with_the_time_that_asking_took() -> None:
+    """An answer that came late says nothing against a clock."""
+    findings = _judge(NODE, "n", answer(clock=140.0), _versions(), 100.0, 160.0, "runs", None)
+    assert all(f.ok for f in findings)
+    assert "dataset" not in {f.check for f in findings}
+
+
+def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not show([Finding("disk", "a", True, "fine", "x"), Finding("clock", "bb", False, "9 s off", "turn on NTP")])
+    assert capsys.readouterr().out == "✓ disk   a   fine\n✗ clock  bb  9 s off: turn on NTP\n"
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    if not possible():
+        pytest.skip("making networks needs root and iproute2")
+    made = Net()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.mark.slow
+def test_a_cluster_of_three_nodes(net: Net, tmp_path: Path) -> None:
+    """Each is looked at, all reach each other, nothing is left on the storage; a dataset that is not there is told."""
+    nodes = [net.head, net.add(), net.add()]
+    make_dataset(tmp_path / "dataset")
+    well = Command(
+        tmp_path, SCRIPT, "doctor", "--data", str(tmp_path / "dataset"),
+        address=net.address, inside=net.head.inside, env=ENV,
+    )  # fmt: skip
+    assert well.wait() == 0, well.text()
+    for node in nodes:
+        assert re.search(rf"✓ versions +{node.address} +as here", well.text())
+        assert re.search(rf"✓ dataset +{node.address} +120 images", well.text())
+        assert re.search(rf"✓ shared +{node.address} +sees what all nodes write", well.text())
+    assert re.search(r"✓ gloo +all +3 nodes reach each other", well.text())
+    assert list((tmp_path / "runs").iterdir()) == []
+
+    (tmp_path / "runs").rmdir()
+    (tmp_path / "runs").write_text("no folder")
+    ill = Command(tmp_path, SCRIPT, "doctor", "--data", "nowhere", address=net.address, inside=net.head.inside, env=ENV)
+    assert ill.wait() == 1, ill.text()
+    for node in nodes:
+        assert re.search(rf"✗ dataset +{node.address} .*: put the dataset where every node sees it", ill.text())
+        assert re.search(rf"✗ storage +{node.address} .*: give --runs a place", ill.text())
+    assert re.search(r"✓ gloo +all +3 nodes", ill.text())
+    assert "Traceback" not in ill.text()
