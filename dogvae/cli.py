@@ -14,6 +14,7 @@ from dogvae.config import CROPS, IMAGE_SIZES
 from dogvae.console import Progress, UsageError, say
 
 SPAN = 3.0  # how far pictures of a direction go, in standard deviations
+AT_ONCE = 64  # pictures between two steps of progress
 DATASET = "a prepared dataset, such as `dogvae prepare` makes"
 
 
@@ -127,22 +128,15 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace) -> None:
     output, model = _begin(args, args.n)
+    import numpy as np
+
     from dogvae.pictures import ARRAY, save, save_array
 
-    drawn = (args.seed, args.temperature, args.prior)
-    if output.suffix.lower() not in ARRAY:
-        save(output, model.sample(args.n, *drawn), columns=8)
-        return
-    with Progress("sampling") as line:
-
-        def batches() -> Iterator[Any]:
-            done = 0
-            for batch in model.samples(args.n, *drawn):
-                yield batch
-                done += len(batch)
-                line.update(done, args.n, f"{done:,} of {args.n:,} dogs")
-
-        save_array(output, batches(), args.n)
+    batches = _shown("sampling", args.n, model.samples(args.n, args.seed, args.temperature, args.prior))
+    if output.suffix.lower() in ARRAY:
+        save_array(output, batches, args.n)
+    else:
+        save(output, np.concatenate(list(batches)), columns=8)
 
 
 def _reconstruct(args: argparse.Namespace) -> None:
@@ -160,7 +154,7 @@ def _walk(args: argparse.Namespace) -> None:
     output, model = _begin(args, (len(stops) - 1) * (args.steps - 1) + 1)
     from dogvae.pictures import save
 
-    save(output, model.walk(stops, args.steps, args.method), columns=8)
+    save(output, _decode(model, model.path(model.encode(stops), args.steps, args.method)), columns=8)
 
 
 def _directions(args: argparse.Namespace) -> None:
@@ -179,7 +173,7 @@ def _directions(args: argparse.Namespace) -> None:
     else:
         moves = model.directions[: args.n] * model.scales[: args.n, None, None, None]
     far = np.linspace(-SPAN, SPAN, 9, dtype=np.float32)[:, None, None, None]
-    save(output, model.decode(np.concatenate([start + far * move for move in moves])), columns=9)
+    save(output, _decode(model, np.concatenate([start + far * move for move in moves])), columns=9)
 
 
 def _neighbours(args: argparse.Namespace) -> None:
@@ -244,6 +238,24 @@ def _export(args: argparse.Namespace) -> None:
 
         export_onnx(exported)
     say(exported)
+
+
+def _decode(model: Any, latents: Any) -> Any:
+    """The pictures of latents, with progress."""
+    import numpy as np
+
+    parts = (model.decode(latents[start : start + AT_ONCE]) for start in range(0, len(latents), AT_ONCE))
+    return np.concatenate(list(_shown("drawing", len(latents), parts)))
+
+
+def _shown(title: str, n: int, batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches of `n` pictures in all, with progress."""
+    done = 0
+    with Progress(title) as line:
+        for batch in batches:
+            yield batch
+            done += len(batch)
+            line.update(done, n, f"{done:,} of {n:,} dogs")
 
 
 def _begin(args: argparse.Namespace, n: int) -> tuple[Path, Any]:
