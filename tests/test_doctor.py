@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from dogvae.doctor import Finding, _judge, _versions, show
+from dogvae.dataset import Dataset
+from dogvae.doctor import Finding, _judge, _look, _read, _versions, show
 from tests.command import Command
 from tests.faults.bench import make_dataset
 from tests.faults.net import ENV, Net, possible
@@ -80,29 +81,31 @@ def net() -> Iterator[Net]:
         made.close()
 
 
+def test_what_a_node_answers(tmp_path: Path) -> None:
+    """Of the dataset and of the storage; the probe stays until all have looked for it."""
+    make_dataset(tmp_path / "dataset")
+    found = _look(str(tmp_path / "runs"), str(tmp_path / "dataset"), "token", 3)
+    assert (found["images"], found["data"], found["storage"]) == (120, "", "")
+    assert found["fingerprint"] == Dataset(tmp_path / "dataset").fingerprint
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [found["probe"]]
+    assert _read(str(tmp_path / "runs"), [found["probe"], "another"], 0) == 1
+    (tmp_path / "file").write_text("no folder")
+    assert str(tmp_path / "file") in _look(str(tmp_path / "file"), None, "token", 0)["storage"]
+
+
 @pytest.mark.slow
 def test_a_cluster_of_three_nodes(net: Net, tmp_path: Path) -> None:
     """Each is looked at, all reach each other, nothing is left on the storage; a dataset that is not there is told."""
     nodes = [net.head, net.add(), net.add()]
-    make_dataset(tmp_path / "dataset")
-    well = Command(
-        tmp_path, SCRIPT, "doctor", "--data", str(tmp_path / "dataset"),
-        address=net.address, inside=net.head.inside, env=ENV,
-    )  # fmt: skip
-    assert well.wait() == 0, well.text()
+    told = Command(
+        tmp_path, SCRIPT, "doctor", "--data", "nowhere", address=net.address, inside=net.head.inside, env=ENV
+    )
+    assert told.wait() == 1, told.text()
     for node in nodes:
-        assert re.search(rf"✓ versions +{node.address} +as here", well.text())
-        assert re.search(rf"✓ dataset +{node.address} +120 images", well.text())
-        assert re.search(rf"✓ shared +{node.address} +sees what all nodes write", well.text())
-    assert re.search(r"✓ gloo +all +3 nodes reach each other", well.text())
+        assert re.search(rf"✓ versions +{node.address} +as here", told.text())
+        assert re.search(rf"✗ dataset +{node.address} .*: put the dataset where every node sees it", told.text())
+        assert re.search(rf"✓ shared +{node.address} +sees what all nodes write", told.text())
+    assert re.search(r"✓ gloo +all +3 nodes reach each other", told.text())
     assert list((tmp_path / "runs").iterdir()) == []
-
-    (tmp_path / "runs").rmdir()
-    (tmp_path / "runs").write_text("no folder")
-    ill = Command(tmp_path, SCRIPT, "doctor", "--data", "nowhere", address=net.address, inside=net.head.inside, env=ENV)
-    assert ill.wait() == 1, ill.text()
-    for node in nodes:
-        assert re.search(rf"✗ dataset +{node.address} .*: put the dataset where every node sees it", ill.text())
-        assert re.search(rf"✗ storage +{node.address} .*: give --runs a place", ill.text())
-    assert re.search(r"✓ gloo +all +3 nodes", ill.text())
-    assert "Traceback" not in ill.text()
+    assert told.text().count("✗") == len(nodes)
+    assert "Traceback" not in told.text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -190,14 +191,14 @@ def test_dry_run_changes_nothing(trained: Path) -> None:
     assert sorted(trained.rglob("*")) == before
 
 
-def test_workers_own_error_is_shown(tmp_path: Path) -> None:
+def test_workers_own_error_is_shown(trained: Path, tmp_path: Path) -> None:
     """The data vanish between the driver's look and the workers': their message comes out, not Ray's."""
-    done = command("--data", "drawn:60", "--name", "a", "--epochs", "1", *SMALL, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    config = json.loads((tmp_path / "runs/a/config.json").read_text())
-    shard = next(Path(config["data"]).glob("train-*.npy"))
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    config = json.loads((trained / "runs/one/config.json").read_text())
+    data = tmp_path / Path(config["data"]).relative_to(trained)
+    shard = next(data.glob("train-*.npy"))
     shard.write_bytes(shard.read_bytes()[:-5])
-    done = command("--name", "a", "--resume", "--epochs", "2", "--cpus", "2", cwd=tmp_path)
+    done = command("--name", "one", "--resume", "--data", data, "--epochs", "3", "--cpus", "2", cwd=tmp_path)
     assert done.returncode == 2
     assert str(shard) in done.stderr
     assert "Traceback" not in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -88,7 +89,7 @@ def test_too_small_a_disk_is_told_before_the_first_step(dataset: Path, disk: Pat
 
 def test_storage_that_is_no_folder(dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UsageError, match=r"--runs: .* cannot be written to"):
+    with pytest.raises(UsageError, match=f"--runs: .* cannot be written to from {socket.gethostname()}: "):
         loop(job(dataset), Storage(tmp_path / "file/run"), CPU, StopAt())
 
 
