@@ -14,6 +14,7 @@ from dogvae.config import CROPS, IMAGE_SIZES
 from dogvae.console import Progress, UsageError, say
 
 SPAN = 3.0  # how far pictures of a direction go, in standard deviations
+MOST_COLUMNS = 12  # of photos and reconstructions
 AT_ONCE = 64  # pictures between two steps of progress
 DATASET = "a prepared dataset, such as `dogvae prepare` makes"
 
@@ -143,10 +144,14 @@ def _reconstruct(args: argparse.Namespace) -> None:
     output, model = _begin(args, 2 * len(args.photos))
     import numpy as np
 
-    from dogvae.pictures import save
+    from dogvae.pictures import STILL, save
 
-    pictures = np.concatenate([model.prepared(args.photos), model.reconstruct(args.photos)])
-    save(output, pictures, columns=len(args.photos))
+    pairs = np.stack([model.prepared(args.photos), model.reconstruct(args.photos)])
+    columns = min(len(args.photos), MOST_COLUMNS)
+    if output.suffix.lower() in STILL:  # a row of photos, below it theirs, and so on; the last two are filled up
+        blank = np.full((2, -len(args.photos) % columns, *pairs.shape[2:]), 255, np.uint8)
+        pairs = np.concatenate([pairs, blank], axis=1).reshape(2, -1, columns, *pairs.shape[2:]).swapaxes(0, 1)
+    save(output, pairs.reshape(-1, *pairs.shape[-3:]), columns)
 
 
 def _walk(args: argparse.Namespace) -> None:

@@ -46,6 +46,10 @@ def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:
         about = json.loads(folder.read("config.json"))
     except (OSError, ValueError) as error:
         why = "it has no config.json" if isinstance(error, FileNotFoundError) else str(error)
+        if not folder.exists(""):
+            why = "there is no such folder"
+        elif isinstance(error, NotADirectoryError):
+            why = "it is no folder"
         raise UsageError(f"{path} is no exported model: {why}; a run keeps its own in RUN/export") from error
     if not isinstance(about, dict) or about.get("format") != EXPORT_FORMAT:
         raise UsageError(f"{path} is no exported model; a run keeps its own in RUN/export")
