@@ -13,7 +13,6 @@ from dogvae import flags
 from dogvae.config import CROPS, IMAGE_SIZES
 from dogvae.console import Progress, UsageError, say
 
-SPAN = 3.0  # how far pictures of a direction go, in standard deviations
 MOST_COLUMNS = 12  # of photos and reconstructions
 AT_ONCE = 64  # pictures between two steps of progress
 DATASET = "a prepared dataset, such as `dogvae prepare` makes"
@@ -170,13 +169,12 @@ def _directions(args: argparse.Namespace) -> None:
     output, model = _begin(args, 9 * args.n)
     import numpy as np
 
+    from dogvae.generate import SPAN
     from dogvae.pictures import save
 
     start = model.encode(args.photo)[0] if args.photo else model.mean
-    if args.having:
-        moves = model.direction(args.having, args.lacking)[None] / SPAN  # its ends: once the whole difference
-    else:
-        moves = model.directions[: args.n] * model.scales[: args.n, None, None, None]
+    # With photos, the ends of the row are once the whole difference.
+    moves = model.direction(args.having, args.lacking)[None] / SPAN if args.having else model.moves[: args.n]
     far = np.linspace(-SPAN, SPAN, 9, dtype=np.float32)[:, None, None, None]
     save(output, _decode(model, np.concatenate([start + far * move for move in moves])), columns=9)
 

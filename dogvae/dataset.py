@@ -75,6 +75,12 @@ class Split:
             out[rows] = self._shards[shard][indices[rows] - self._starts[shard]]
         return torch.from_numpy(out)
 
+    def chunks(self, size: int, most: int | None = None) -> Iterator[Tensor]:
+        """The first `most` images (default: all) in their order, `size` at once, as `gather` gives them."""
+        n = min(len(self), most or len(self))
+        for start in range(0, n, size):
+            yield self.gather(np.arange(start, min(start + size, n)))
+
 
 class Dataset:
     """An opened dataset: `train` and `val` splits, `size` of the images and the `fingerprint` of it all."""
@@ -145,8 +151,8 @@ class Batches:
 def moments(split: Split, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """Mean image and mean squared image (3, h, h), float64 of values in [0, 1]; sums of integers, so exact."""
     sums = torch.zeros(2, 3, *split.image_shape[1:], dtype=torch.int64)
-    for start in range(0, len(split), chunk):
-        x = split.gather(np.arange(start, min(start + chunk, len(split)))).int()
+    for images in split.chunks(chunk):
+        x = images.int()
         sums += torch.stack([x.sum(dim=0), x.square().sum(dim=0)])
     return sums[0].double() / (255 * len(split)), sums[1].double() / (255**2 * len(split))
 
@@ -154,7 +160,6 @@ def moments(split: Split, chunk: int = 1024) -> tuple[Tensor, Tensor]:
 def grey_levels(split: Split, chunk: int = 1024) -> np.ndarray:
     """How often each of the 256 values occurs in all images, (256,) int64."""
     counts = np.zeros(256, np.int64)
-    for start in range(0, len(split), chunk):
-        x = split.gather(np.arange(start, min(start + chunk, len(split))))
+    for x in split.chunks(chunk):
         counts += np.bincount(x.numpy().ravel(), minlength=256)
     return counts

@@ -186,8 +186,7 @@ def _shared(nodes: list[dict[str, Any]], names: dict[str, str], runs: str, probe
         ok = missing == 0
         found = "sees what all nodes write" if ok else f"does not see what {missing} of the nodes wrote"
         findings.append(Finding("shared", names[node_id], ok, found, remedy))
-    for probe in probes:
-        _on_each(nodes, _forget, Storage(runs).uri, probe)
+    _on_each(nodes, _forget, Storage(runs).uri, probes)
     return findings
 
 
@@ -195,8 +194,9 @@ def _read(runs: str, probes: list[str], number: int) -> int:
     return sum(not Storage(runs).exists(probe) for probe in probes)
 
 
-def _forget(runs: str, probe: str, number: int) -> None:
-    Storage(runs).delete(probe)
+def _forget(runs: str, probes: list[str], number: int) -> None:
+    for probe in probes:
+        Storage(runs).delete(probe)
 
 
 def _talk(nodes: list[dict[str, Any]], gpu: bool) -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from dogvae.console import UsageError
 from dogvae.dataset import Dataset, Split, random_words
 from dogvae.inputs import Picture, Pictures, pixels
 from dogvae.model import VAE
-from dogvae.pictures import to_uint8
+from dogvae.pictures import normal, to_uint8
 from dogvae.prior import Mixture
 from dogvae.storage import Storage
 
 EXPORT_FORMAT, EXPORT_VERSION = "dogvae-export", 2
+SPAN = 3.0  # how far pictures of a principal direction go, in standard deviations
 PRIORS = ("mixture", "gaussian", "normal")  # the first is the default
 METHODS = ("linear", "spherical")
 BATCH = 256  # latents drawn, and training images encoded, at once
@@ -105,7 +107,7 @@ class DogVAE:
         self.about = about
         self.size: int = model.config.image_size
         self.latent_shape = model.latent_shape
-        d = model.latent_shape[0] * model.latent_shape[1] * model.latent_shape[2]
+        d = math.prod(model.latent_shape)
         self._priors = {
             name: Mixture(*(prior[f"{name}.{part}"] for part in ("weights", "means", "factors")))
             for name in ("mixture", "gaussian")
@@ -121,6 +123,8 @@ class DogVAE:
         """Principal directions (r, d, 4, 4) of the training images' posterior means, unit length, widest first."""
         self.scales: np.ndarray = scales.numpy()
         """Standard deviation (r,) of the training images along each direction."""
+        self.moves: np.ndarray = self.directions * self.scales[:, None, None, None]
+        """One standard deviation (r, d, 4, 4) along each direction."""
         self.mean: np.ndarray = self._priors["gaussian"].means[0].reshape(self.latent_shape).numpy()
         """Mean latent (d, 4, 4) of the training images."""
 
@@ -150,14 +154,11 @@ class DogVAE:
             raise UsageError(f"--seed: {seed} is too small, it must be at least 0")
         if not 0 <= temperature < float("inf"):
             raise UsageError(f"--temperature: {temperature} must be a number from 0 up")
-        if prior not in PRIORS:
-            raise UsageError(f"--prior: {prior!r} is none of {', '.join(PRIORS)}")
+        _check_prior(prior)
         for batch, start in enumerate(range(0, n, BATCH)):
             # Always whole batches, each from numbers of its own: a dog does not depend on how many are asked for.
             noise_seed, choice_seed = (int(random_words(1, seed, batch, use)[0] >> 1) for use in (NORMAL, CHOICE))
-            noise = torch.randn(
-                (BATCH, self.mean.size), generator=torch.Generator().manual_seed(noise_seed), dtype=torch.float32
-            )
+            noise = normal((BATCH, self.mean.size), noise_seed)
             if prior == "normal":
                 z = temperature * noise
             else:
@@ -168,8 +169,7 @@ class DogVAE:
     def log_prior(self, latents: np.ndarray, prior: str = PRIORS[0]) -> np.ndarray:
         """Log density (n,) in nats, float64, of latents (n, d, 4, 4) under a prior."""
         z = self._z(latents).flatten(1).double()
-        if prior not in PRIORS:
-            raise UsageError(f"--prior: {prior!r} is none of {', '.join(PRIORS)}")
+        _check_prior(prior)
         if prior == "normal":
             return torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1).numpy()
         return self._priors[prior].double().log_prob(z).numpy()
@@ -244,6 +244,11 @@ class DogVAE:
         legs = [between(start, end, t) for start, end in itertools.pairwise(z)]
         return torch.cat([*(leg[:-1] for leg in legs[:-1]), legs[-1]]).numpy()
 
+    def check_size(self, dataset: Dataset) -> None:
+        """UsageError unless the dataset's images are of this model's size."""
+        if dataset.size != self.size:
+            raise UsageError(f"{dataset.path} has images of {dataset.size} pixels, this model is for {self.size}")
+
     def direction(self, photos_with: Pictures, photos_without: Pictures) -> np.ndarray:
         """The direction (d, 4, 4) from the mean latent of the one pictures to that of the others: add it to a latent.
 
@@ -266,8 +271,7 @@ class DogVAE:
         if k < 1:
             raise UsageError(f"-k: {k} is too small, it must be at least 1")
         data = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
-        if data.size != self.size:
-            raise UsageError(f"{data.path} has images of {data.size} pixels, this model is for {self.size}")
+        self.check_size(data)
         mine = torch.from_numpy(self.encode(pictures)).flatten(1)
         theirs = posteriors(self.model, data.train, self.device, progress=progress)[0]
         distances, indices = torch.cdist(mine, theirs, compute_mode="donot_use_mm_for_euclid_dist").topk(
@@ -288,13 +292,17 @@ def posteriors(
     """Posterior means and variances, each (n, d) float32 on the CPU, of a split's first `most` images."""
     n = min(len(split), most or len(split))
     mu, var = [], []
-    for start in range(0, n, BATCH):
-        x = split.gather(np.arange(start, min(start + BATCH, n))).to(device)
-        m, logvar = model.encoder(x.float() / 255)
+    for x in split.chunks(BATCH, most):
+        m, logvar = model.encoder(x.to(device).float() / 255)
         mu.append(m.flatten(1).cpu())
         var.append(logvar.exp().flatten(1).cpu())
-        progress(min(start + BATCH, n), n)
+        progress(sum(map(len, mu)), n)
     return torch.cat(mu), torch.cat(var)
+
+
+def _check_prior(prior: str) -> None:
+    if prior not in PRIORS:
+        raise UsageError(f"--prior: {prior!r} is none of {', '.join(PRIORS)}")
 
 
 def _fits(n: int, nbytes: int) -> None:

@@ -29,12 +29,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dogvae.console import UsageError, say, stop_signals
-from dogvae.generate import METHODS, PRIORS, DogVAE, load
+from dogvae.generate import METHODS, PRIORS, SPAN, DogVAE, load
 from dogvae.inputs import photo
 from dogvae.pictures import animation, png
 
 PAGE = Path(__file__).with_name("playground.html")
-SLIDERS, SPAN = 12, 3.0  # principal directions on the page, and how far they go in standard deviations
+SLIDERS = 12  # principal directions on the page
 MOST_BYTES = 20 << 20  # of an upload
 PIECE = 4  # pictures that are decoded before others have their turn
 MOST_SAMPLES, MOST_STOPS, MOST_STEPS = 64, 8, 64
@@ -124,7 +124,7 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
     async def about() -> dict[str, Any]:
         if known:
             return known
-        moves = (model.directions * model.scales[:, None, None, None])[:SLIDERS]
+        moves = model.moves[:SLIDERS]
         ends = [_url(p) for p in await decode(np.concatenate([model.mean - SPAN * moves, model.mean + SPAN * moves]))]
         (mean,) = await dogs(model.mean[None])
         known.update(

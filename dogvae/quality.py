@@ -34,8 +34,7 @@ def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, tell
     features of the validation images, and of samples under each prior and of training images: what a perfect model
     could reach. Raises UsageError if the dataset does not fit the model.
     """
-    if dataset.size != model.size:
-        raise UsageError(f"{dataset.path} has images of {dataset.size} pixels, this model is for {model.size}")
+    model.check_size(dataset)
     if samples < 1:
         raise UsageError(f"--samples: {samples} is too small, it must be at least 1")
     net, val = model.model, dataset.val
@@ -160,9 +159,8 @@ def _frechets(
 
 def _chunks(split: Split, most: int) -> Iterator[Tensor]:
     """The first `most` images of a split, (b, 3, h, h) in [0, 1]."""
-    n = min(most, len(split))
-    for start in range(0, n, CHUNK):
-        yield split.gather(np.arange(start, min(start + CHUNK, n))).float() / 255
+    for x in split.chunks(CHUNK, most):
+        yield x.float() / 255
 
 
 def _drawn(model: DogVAE, n: int, prior: str) -> Iterator[Tensor]:

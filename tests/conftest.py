@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from tests.faults.net import Net, possible
+
 WriteDataset = Callable[..., Path]
 
 
@@ -67,3 +69,16 @@ def start_ranks(work: Callable[..., None], world_size: int, *args: Any) -> None:
         ["pytest", "torch.distributed", "torch._dynamo", "dogvae.train", "tensorboardX"]
     )
     mp.start_processes(work, args, nprocs=world_size, start_method="forkserver")
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    """A Ray cluster whose nodes can be cut off."""
+    if not possible():
+        pytest.skip("making networks needs root and iproute2")
+    made = Net()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()

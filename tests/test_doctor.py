@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from dogvae.dataset import Dataset
 from dogvae.doctor import Finding, _judge, _look, _read, _versions, show
 from tests.command import Command
 from tests.faults.bench import make_dataset
-from tests.faults.net import ENV, Net, possible
+from tests.faults.net import ENV, Net
 
 SCRIPT = str(Path(sys.executable).with_name("dogvae"))
 NODE = {"Resources": {"CPU": 4.0, "GPU": 1.0}}
@@ -67,18 +66,6 @@ def test_a_clock_is_compared_with_the_time_that_asking_took() -> None:
 def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert not show([Finding("disk", "a", True, "fine", "x"), Finding("clock", "bb", False, "9 s off", "turn on NTP")])
     assert capsys.readouterr().out == "✓ disk   a   fine\n✗ clock  bb  9 s off: turn on NTP\n"
-
-
-@pytest.fixture
-def net() -> Iterator[Net]:
-    if not possible():
-        pytest.skip("making networks needs root and iproute2")
-    made = Net()
-    try:
-        made.start()
-        yield made
-    finally:
-        made.close()
 
 
 def test_what_a_node_answers(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,8 @@ from dogvae.storage import Storage
 from dogvae.train import loop
 from tests.command import TRAIN, Command
 from tests.faults.bench import EPOCHS, StopAt, job, records
-from tests.faults.net import ENV, Net, possible
+from tests.faults.net import ENV, Net
 from tests.faults.test_processes import flags
-
-
-@pytest.fixture
-def net() -> Iterator[Net]:
-    if not possible():
-        pytest.skip("making networks needs root and iproute2")
-    made = Net()
-    try:
-        made.start()
-        yield made
-    finally:
-        made.close()
 
 
 class Endangered(StopAt):
