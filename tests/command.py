@@ -60,10 +60,18 @@ class Command:
 
     def workers(self, title: str = "RayTrainWorker") -> list[psutil.Process]:
         """Those of them that Ray calls so."""
-        return [p for p in self.family() if title in " ".join(p.cmdline())]
+        return [p for p in self.family() if title in " ".join(_arguments(p))]
 
     def stop(self) -> None:
         if self.process.poll() is None:
             for p in reversed(self.family()):
                 p.kill()
             self.process.wait()
+
+
+def _arguments(process: psutil.Process) -> list[str]:
+    """What a process was called with; nothing if it has ended since it was listed."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # a zombie is one too
+        return []
