@@ -3,16 +3,18 @@
 python train_distributed.py                           # draws its own dogs: a first look, in minutes
 python train_distributed.py --data photos --gpus 4    # a folder, an archive, or what `dogvae prepare` made
 python train_distributed.py --name NAME --resume      # go on with a run that was interrupted
+python train_distributed.py --address http://localhost:8265 --data s3://BUCKET/dogs   # the same, on a cluster
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 
-from dogvae import cluster, flags, runs
+from dogvae import cluster, flags, jobs, runs
 from dogvae.config import Config
 from dogvae.console import say
 from dogvae.storage import Storage
@@ -30,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     if args.data is None and is_new:
         settings = {"preset": "small", **settings}
     config = Config.make(data=data, **settings)  # mistakes are told before anything slow is imported
+    if (status := jobs.run_there(args, ["train_distributed.py"], argv)) is not None:
+        return status
     if args.resume:
         storage, config = runs.open_old(args.runs, args.name, settings, args.data)
         if runs.is_finished(storage, config):
@@ -43,11 +47,13 @@ def main(argv: Sequence[str]) -> int:
             config = runs.check_copy(source, config, settings)
         else:
             runs.check_data(data, settings.get("image_size"), args.crop, args.val_fraction)
-    say(cluster.connect(args.verbose))
+    os.environ |= flags.network(args)
+    say(cluster.connect(args.address, args.verbose))
     workers = cluster.plan(args.gpus, args.cpus)
     if args.dry_run:
         say(json.dumps({"run": storage.uri, "workers": str(workers), **config.to_dict()}, indent=2))
         return 0
+    cluster.wait_for_nodes(workers, safety.node_patience_s)
     if is_new:
         dataset = runs.find_data(data, args.runs, settings.get("image_size"), args.crop, args.val_fraction)
         say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
@@ -59,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         runs.copy_checkpoints(source, storage)
     runs.save_config(storage, config)
     say(f"{storage.uri}: {config.epochs} epochs on {workers}")
-    if signum := launch(config, storage, workers, safety, args.max_failures, args.verbose):
+    if signum := launch(config, storage, workers, safety, args.verbose):
         where = shlex.quote(args.runs)
         say(f"stopped; to go on: python train_distributed.py --runs {where} --name {name} --resume")
         return 128 + signum

@@ -38,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="whether every node of the cluster has what training needs")
     doctor.add_argument("--data", help="a prepared dataset that every node should see")
-    doctor.add_argument("--runs", default="runs", help="where runs are to be kept (default: runs)")
+    flags.add_runs(doctor)
+    flags.add_address(doctor)
     doctor.set_defaults(run=_doctor)
 
     def playing(name: str, run: Any, text: str, output: str | None = None) -> argparse.ArgumentParser:
@@ -120,9 +121,11 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from dogvae import cluster, doctor
+    from dogvae import cluster, doctor, jobs
 
-    say(cluster.connect(args.verbose))
+    if (status := jobs.run_there(args, ["-m", "dogvae.cli"], args.argv)) is not None:
+        return status
+    say(cluster.connect(args.address, args.verbose))
     return 0 if doctor.show(doctor.examine(args.runs, args.data)) else 1
 
 
@@ -274,6 +277,7 @@ def _begin(args: argparse.Namespace, n: int) -> tuple[Path, Any]:
 
 def _main(argv: Sequence[str]) -> int | None:
     args = parser().parse_args(argv)
+    args.argv = argv
     code: int | None = args.run(args)
     if hasattr(args, "output"):
         say(args.output)
@@ -283,3 +287,7 @@ def _main(argv: Sequence[str]) -> int | None:
 def main() -> None:
     """Entry point of the console script."""
     sys.exit(flags.run(_main))
+
+
+if __name__ == "__main__":  # as a job on a cluster: see jobs.py
+    main()

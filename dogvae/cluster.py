@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from dogvae.console import UsageError
+from dogvae.console import Progress, RunFailed, UsageError, clock
+
+NODES_INTERVAL_S = 2.0  # between two looks at what nodes there are
 
 
-def connect(verbose: bool = False) -> str:
+def connect(address: str | None = None, verbose: bool = False) -> str:
     """Connect this process to Ray, once, and return a sentence that says to what.
 
-    Attaches to the cluster named by `RAY_ADDRESS`, else to one already running on this machine, else starts Ray here
-    (without a dashboard). `verbose` lets Ray's own log through.
+    `address` is HOST:PORT of a cluster's head, by default `RAY_ADDRESS`, else the cluster that this user has started on
+    this machine (`ray start`, `ray up`). Without one, Ray starts here, without a dashboard: what somebody else runs is
+    never joined. `verbose` lets Ray's own log through. UsageError if nothing answers.
     """
     import ray
 
     if not ray.is_initialized():
+        address = address or os.environ.get("RAY_ADDRESS") or _started_by_user() or "local"
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; unset, it warns
-        ray.init(
-            log_to_driver=verbose,
-            logging_level=logging.INFO if verbose else logging.ERROR,
-            include_dashboard=False,
-            configure_logging=True,
-        )
+        if address not in ("local", "auto"):
+            _check_answers(address)
+        try:
+            ray.init(
+                address=address,
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                include_dashboard=False,
+                configure_logging=True,
+            )
+        except (ValueError, RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
+            if address == "local":
+                raise
+            raise UsageError(f"--address: cannot join the cluster at {address}: {_first_sentence(error)}") from error
     nodes = [node for node in ray.nodes() if node["Alive"]]
     total = ray.cluster_resources()
     return (
@@ -33,8 +49,45 @@ def connect(verbose: bool = False) -> str:
     )
 
 
-def choose_interface() -> None:
-    """Have gloo talk over the network that Ray does.
+def _started_by_user() -> str | None:
+    """Where the cluster is that this user has started on this machine, if it is still there."""
+    from ray._common.utils import get_ray_address_file
+
+    noted = Path(get_ray_address_file(None))
+    try:
+        if noted.stat().st_uid != os.getuid():
+            return None
+        address = noted.read_text().strip()
+        _check_answers(address)
+    except (OSError, UsageError):  # none, or one that has gone without a word
+        return None
+    return address
+
+
+def _check_answers(address: str) -> None:
+    """UsageError if nobody listens at HOST:PORT; Ray itself would try for half a minute."""
+    host, colon, port = address.rpartition(":")
+    if "://" in address or not colon or not port.isdecimal():
+        raise UsageError(
+            f"--address: {address!r} is neither HOST:PORT of a cluster's head nor http://HOST:PORT of its dashboard"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise UsageError(f"--address: no Ray answers at {address} ({error}); is the cluster up?") from error
+
+
+def _first_sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()).split(". ")[0]
+
+
+def network_settings() -> dict[str, str]:
+    """What this process's environment says about the network between workers, to be told to them."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "GLOO_", "TORCH_NCCL_"))}
+
+
+def choose_interface(settings: Mapping[str, str]) -> None:
+    """Take over `network_settings`; and if they say nothing else, have gloo talk over the network that Ray does.
 
     It would take the address that the host's own name stands for, which on many is a loopback one: others then knock
     at their own door.
@@ -42,6 +95,7 @@ def choose_interface() -> None:
     import psutil
     import ray
 
+    os.environ.update(settings)
     mine = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == mine for address in addresses):
@@ -57,8 +111,23 @@ class Workers:
     gpu: bool
     cpus: int = 1
 
+    @property
+    def least(self) -> int:
+        """The fewest that train at all."""
+        return self.count[0] if isinstance(self.count, tuple) else self.count
+
+    @property
+    def most(self) -> int:
+        """The most that are ever at work."""
+        return self.count[1] if isinstance(self.count, tuple) else self.count
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray sets aside for each."""
+        return {"CPU": float(self.cpus)} | ({"GPU": 1.0} if self.gpu else {})
+
     def __str__(self) -> str:
-        low, high = self.count if isinstance(self.count, tuple) else (self.count, self.count)
+        low, high = self.least, self.most
         each = f" of {self.cpus} CPUs" if self.cpus > 1 else ""
         number = f"{low} to {high}" if low < high else str(low)
         return f"{number} {'GPU' if self.gpu else 'CPU'} worker{'s' if high > 1 else ''}{each}"
@@ -94,29 +163,67 @@ def plan(gpus: int | tuple[int, int] | None, cpus: int | tuple[int, int] | None)
         return Workers(len(nodes), False, cpus=min(nodes))
     kind, count = ("GPU", gpus) if gpus is not None else ("CPU", cpus)
     assert count is not None
-    least = count[0] if isinstance(count, tuple) else count
-    if least > have[kind]:
+    workers = Workers(count, kind == "GPU")
+    if workers.least > have[kind]:
         flag = f"--{kind.lower()}s"
         other = f"{flag} {have[kind]}" if have[kind] else f"--cpus {have['CPU']}"
-        raise UsageError(f"{flag} {least}: the cluster has {have['GPU']} GPUs and {have['CPU']} CPUs; try {other}")
-    return Workers(count, kind == "GPU")
+        has = f"has {have['GPU']} GPUs and {have['CPU']} CPUs"
+        raise UsageError(f"{flag} {workers.least}: the cluster {has}{' at most' if limits else ''}; try {other}")
+    return workers
+
+
+def missing(workers: Workers) -> str:
+    """What the nodes that are there lack for the least number of workers; an empty string if they lack nothing."""
+    room = slots(workers.cpus, float(workers.gpu))
+    return "" if room >= workers.least else f"there is room for {room} of {workers.least} workers"
+
+
+def wait_for_nodes(workers: Workers, limit_s: float) -> None:
+    """Have the autoscaler bring nodes until the least number of workers fits; RunFailed if they do not in `limit_s`."""
+    from ray.autoscaler.sdk import request_resources
+
+    if not (lack := missing(workers)):
+        return
+    if _autoscaler_limits() is None:
+        raise UsageError(f"--gpus, --cpus: {lack}, and no autoscaler that could start more nodes")
+    began = time.monotonic()
+    request_resources(bundles=[workers.resources] * workers.most)
+    try:
+        with Progress("waiting for nodes") as line:
+            line.note(f"{lack}: waiting at most {clock(limit_s)} for the autoscaler's nodes")
+            while lack := missing(workers):
+                waited = time.monotonic() - began
+                if waited > limit_s:
+                    raise RunFailed(
+                        f"{lack} after {clock(waited)}: `ray status` says why no nodes come (a quota, no capacity?). "
+                        "Ask for fewer --gpus or --cpus, or wait longer by --node-patience"
+                    )
+                line.update(0, 1, f"{lack}, {clock(waited)}")
+                time.sleep(NODES_INTERVAL_S)
+    finally:
+        request_resources(bundles=[])  # the workers ask for what they need themselves; until then nodes do not leave
+
+
+def most_slots(cpus: int, gpus: float) -> int:
+    """As `slots`, with the nodes that an autoscaler may still bring."""
+    return max(slots(cpus, gpus), _room(_autoscaler_limits() or {}, cpus, gpus))
 
 
 def slots(cpus: int, gpus: float) -> int:
     """How many workers with so much each the nodes have room for, side by side; `gpus` is 0, 1 or a part of one."""
     import ray
 
-    room = 0
-    for node in ray.nodes():
-        have = node["Resources"] if node["Alive"] else {}
-        by_cpu = int(have.get("CPU", 0) // cpus)
-        # A part of a GPU lies on one: two of 0.4 fit on each, whatever is left over.
-        room += min(by_cpu, int(have.get("GPU", 0)) * int(1 / gpus + 1e-9)) if gpus else by_cpu
-    return room
+    return sum(_room(node["Resources"], cpus, gpus) for node in ray.nodes() if node["Alive"])
+
+
+def _room(have: Mapping[str, float], cpus: int, gpus: float) -> int:
+    by_cpu = int(have.get("CPU", 0) // cpus)
+    # A part of a GPU lies on one: two of 0.4 fit on each, whatever is left over.
+    return min(by_cpu, int(have.get("GPU", 0)) * int(1 / gpus + 1e-9)) if gpus else by_cpu
 
 
 def has_gpus() -> bool:
-    """Whether the cluster has a GPU."""
+    """Whether the cluster has a GPU, or an autoscaler that may bring one."""
     import ray
 
-    return ray.cluster_resources().get("GPU", 0) > 0
+    return ray.cluster_resources().get("GPU", 0) > 0 or (_autoscaler_limits() or {}).get("GPU", 0) > 0

@@ -162,6 +162,8 @@ class Safety:
     checkpoint_steps: int = 0  # or the steps between them
     max_skipped: int = 20  # steps in a row whose gradients are not finite, before the run ends
     patience_s: float = 600.0  # how long it trains on while no checkpoint can be written
+    max_failures: int = 3  # lost workers to recover from; -1: any number
+    node_patience_s: float = 900.0  # how long it waits for nodes that workers need
 
 
 def fields_of(kind: type) -> list[tuple[str, dataclasses.Field[Any], type]]:

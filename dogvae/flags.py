@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -32,9 +33,7 @@ def training_parser(description: str | None) -> Parser:
         "--data",
         help="a folder or archive of photos, oxford-pets, drawn:COUNT, or a prepared dataset (default: drawn dogs)",
     )
-    run.add_argument(
-        "--runs", default="runs", help="where runs are kept: a folder, or s3:// and the like (default: runs)"
-    )
+    add_runs(run)
     run.add_argument("--name", help="the run's name (default: from the data and the time)")
     run.add_argument("--resume", action="store_true", help="go on with the run called --name")
     run.add_argument(
@@ -47,6 +46,7 @@ def training_parser(description: str | None) -> Parser:
     )
     run.add_argument("--verbose", action="store_true", help="Ray's own log; tracebacks")
     workers = top.add_argument_group("workers")
+    add_address(workers)
     workers.add_argument(
         "--gpus", type=span, metavar="N", help="workers with a GPU each (default: all GPUs, else CPU workers)"
     )
@@ -56,6 +56,8 @@ def training_parser(description: str | None) -> Parser:
         metavar="N",
         help="workers with a CPU each, also as 2:4 (default: one per node, with all its CPUs)",
     )
+    workers.add_argument("--nccl-socket-ifname", metavar="NAME", help="the network that GPU workers talk over (eth0)")
+    workers.add_argument("--nccl-debug", metavar="LEVEL", help="NCCL's own log, seen with --verbose: warn, info")
     safety = top.add_argument_group(
         "safety", "For --gpus and --cpus, 2:4 takes what there is, and resizes as it changes."
     )
@@ -75,11 +77,43 @@ def training_parser(description: str | None) -> Parser:
         "--storage-patience", type=duration, default="10m", metavar="TIME",
         help="how long to train on while no checkpoint can be written (default: 10m)"
     )  # fmt: skip
+    add_node_patience(safety)
     add_settings(top)
     data = next(group for group in top._action_groups if group.title == "data")
     data.add_argument("--val-fraction", type=float, help="share of photos held out for validation (default: 0.05)")
     data.add_argument("--crop", help="center, or box for annotated dogs (default: center)")
     return top
+
+
+def default_runs() -> str:
+    """Where runs are kept if nothing is said: a cluster's set-up names the storage that its nodes share."""
+    return os.environ.get("DOGVAE_RUNS") or "runs"
+
+
+def add_runs(parser: Any) -> None:
+    """Add `--runs`."""
+    parser.add_argument(
+        "--runs", default=default_runs(),
+        help="where runs are kept: a folder, or s3:// and the like (default: $DOGVAE_RUNS, or else runs)",
+    )  # fmt: skip
+
+
+def add_address(parser: Any) -> None:
+    """Add `--address`."""
+    parser.add_argument(
+        "--address",
+        help="a cluster: HOST:PORT of its head, from one of its nodes; or, from anywhere, http://HOST:8265 of its "
+        "dashboard, to run there as a job (default: $RAY_ADDRESS, or what you started on this machine, or else Ray "
+        "starts here)",
+    )
+
+
+def add_node_patience(parser: Any) -> None:
+    """Add `--node-patience`."""
+    parser.add_argument(
+        "--node-patience", type=duration, default="15m", metavar="TIME",
+        help="how long to wait for nodes that an autoscaler starts, or that were lost (default: 15m)",
+    )  # fmt: skip
 
 
 def check_training(args: argparse.Namespace) -> None:
@@ -125,7 +159,16 @@ def safety(args: argparse.Namespace) -> Safety:
         raise UsageError(f"--checkpoint-every: {error}, nor a number of steps") from error
     if when.get("checkpoint_steps") == 0:
         raise UsageError("--checkpoint-every: 0 steps are too few, it must be at least 1")
-    return Safety(**when, max_skipped=args.max_skipped, patience_s=args.storage_patience)
+    return Safety(
+        **when, max_skipped=args.max_skipped, patience_s=args.storage_patience, max_failures=args.max_failures,
+        node_patience_s=args.node_patience,
+    )  # fmt: skip
+
+
+def network(args: argparse.Namespace) -> dict[str, str]:
+    """What `--nccl-...` say, as the environment variables that NCCL reads."""
+    typed = {"NCCL_SOCKET_IFNAME": args.nccl_socket_ifname, "NCCL_DEBUG": args.nccl_debug and args.nccl_debug.upper()}
+    return {name: value for name, value in typed.items() if value}
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ import torch
 from dogvae import cluster
 from dogvae.cluster import Workers
 from dogvae.config import Config, Safety
-from dogvae.console import Progress, RunFailed, UsageError, stop_signals
+from dogvae.console import Progress, RunFailed, UsageError, clock, stop_signals
 from dogvae.hub import in_background, make_hub
 from dogvae.storage import Storage
 from dogvae.train import Observer, loop
@@ -20,6 +20,7 @@ from dogvae.train import Observer, loop
 PROGRESS_INTERVAL_S = 0.3
 STOP_INTERVAL_S = 0.5
 GROUP_TIMEOUT_S = 300  # a worker that answers no more for so long is lost; a death is noticed at once
+NODES_INTERVAL_S = 5.0  # without a word from the workers, until it is looked whether they have nodes
 RESIZE_INTERVAL_S = 10.0  # how often an elastic run looks for more workers
 # How soon Ray Train notices. Its defaults are for jobs of hours: 2 s for a death, 5 s for a node that will go.
 TRAIN_SETTINGS = {
@@ -86,18 +87,17 @@ def _worker(settings: dict[str, Any]) -> tuple[str, str]:
     return ("done" if done else "stopped"), ""
 
 
-def launch(
-    config: Config, storage: Storage, workers: Workers, safety: Safety, max_failures: int, verbose: bool
-) -> int | None:
+def launch(config: Config, storage: Storage, workers: Workers, safety: Safety, verbose: bool) -> int | None:
     """Train to the last epoch and show progress.
 
     Returns None when it is done, or the signal (SIGINT, SIGTERM) that stopped it after a checkpoint. Raises UsageError
-    and RunFailed as the workers do, and Ray's TrainingFailedError when more than `max_failures` workers were lost.
+    and RunFailed as the workers do, RunFailed if lost nodes are not back after `safety.node_patience_s`, and Ray's
+    TrainingFailedError when more than `safety.max_failures` workers were lost.
     """
     hub = make_hub()
     with stop_signals() as received, Progress("training", plain_interval_s=60) as line:
-        fit = start(config, storage, workers, safety, max_failures, verbose, hub)
-        _watch(hub, fit, received, line, config, max_failures)
+        fit = start(config, storage, workers, safety, verbose, hub)
+        _watch(hub, fit, received, line, config, workers, safety)
     how, message = fit.result()
     if how == "mistake":
         raise UsageError(message)
@@ -111,7 +111,6 @@ def start(
     storage: Storage,
     workers: Workers,
     safety: Safety,
-    max_failures: int,
     verbose: bool,
     hub: Any,
     wants_saved: bool = False,
@@ -136,8 +135,10 @@ def start(
 
     class Backend(TorchConfig().backend_cls):  # type: ignore[misc]
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(cluster.choose_interface)
+            worker_group.execute(cluster.choose_interface, network)
             super().on_start(worker_group, backend_config)
+
+    network = cluster.network_settings()
 
     class Torch(TorchConfig):
         backend_cls = Backend
@@ -161,13 +162,13 @@ def start(
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=workers.count,  # type: ignore[arg-type]
             use_gpu=workers.gpu,
-            resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if workers.gpu else {}),
+            resources_per_worker=workers.resources,
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=name,
             storage_path=head + mark + options,
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(max_failures=safety.max_failures),
             callbacks=[Failures()],  # type: ignore[list-item]
             logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
         ),
@@ -176,18 +177,24 @@ def start(
     return in_background(lambda: fit().return_value)
 
 
-def _watch(hub: Any, fit: Future[Any], received: list[int], line: Progress, config: Config, max_failures: int) -> None:
+def _watch(
+    hub: Any, fit: Future[Any], received: list[int], line: Progress, config: Config, workers: Workers, safety: Safety
+) -> None:
     """Show what the workers tell until the trainer has ended and everything is shown; pass a signal on to them."""
     import ray
 
     last, stopping = "", False
+    heard = looked = time.monotonic()
+    lacking: float | None = None  # since when there are too few nodes
     while True:
         if received and not stopping:
             stopping = True
             hub.stop.remote()
             line.note("stopping after a checkpoint; once more stops at once")
         ended = fit.done()
+        now = time.monotonic()
         for kind, *payload in ray.get(hub.take.remote()):
+            heard = now
             if kind == "progress":
                 epoch, step, steps = payload
                 line.update(epoch + step / steps, config.epochs, f"epoch {epoch + 1}/{config.epochs} {last}".rstrip())
@@ -201,9 +208,20 @@ def _watch(hub: Any, fit: Future[Any], received: list[int], line: Progress, conf
             else:
                 (failures,) = payload
                 lost = "; ".join(f"worker {rank}: {message}" for rank, message in failures.items())
-                line.note(f"{lost}. Going on from the last checkpoint (--max-failures {max_failures})")
+                line.note(f"{lost}. Going on from the last checkpoint (--max-failures {safety.max_failures})")
         if ended:
             return
+        if min(now - heard, now - looked) > NODES_INTERVAL_S:
+            looked, lack = now, cluster.missing(workers)
+            if not lack:
+                lacking = None
+            elif lacking is None:
+                lacking = now
+                line.note(f"{lack}: waiting at most {clock(safety.node_patience_s)} for nodes")
+            elif now - lacking > safety.node_patience_s:
+                raise RunFailed(
+                    f"{lack} after {clock(now - lacking)} (--node-patience); nothing is lost: --resume goes on"
+                )
         time.sleep(0.2)
 
 

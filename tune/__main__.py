@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dogvae import cluster, flags, runs
+from dogvae import cluster, flags, jobs, runs
 from dogvae.config import Config, check
 from dogvae.console import RunFailed, UsageError, say
 from dogvae.storage import Storage
@@ -56,6 +56,8 @@ def parser() -> flags.Parser:
     search.add_argument("--cpus-per-trial", type=int, metavar="N", help="of a worker (default: 1)")
     search.add_argument("--workers-per-trial", type=int, metavar="K", help="train each trial on K workers (default: 1)")
     search.add_argument("--dry-run", action="store_true", help="print the plan and the first settings, and stop")
+    flags.add_address(search)
+    flags.add_node_patience(search)
     for name, text in (
         ("report", "the ranked table, and a picture that answers at a glance"),
         ("dashboard", "TensorBoard on a search, in the browser"),
@@ -63,7 +65,7 @@ def parser() -> flags.Parser:
         commands.add_parser(name, help=text).add_argument("name", metavar="NAME", help="the search's name")
     commands.choices["dashboard"].add_argument("--port", type=int, default=0, help="(default: one that is free)")
     for command in commands.choices.values():
-        command.add_argument("--runs", default="runs", help="where searches are kept, beside runs (default: runs)")
+        flags.add_runs(command)
         command.add_argument("--verbose", action="store_true", help="Ray's own log; tracebacks")
     return top
 
@@ -81,12 +83,14 @@ def main(argv: Sequence[str]) -> int:
         from tune.dashboard import dashboard
 
         return dashboard(open_search(args.runs, args.name), args.port)
+    check_flags(args)
+    if (status := jobs.run_there(args, ["-m", "tune"], argv)) is not None:
+        return status
     return search(args)
 
 
 def search(args: argparse.Namespace) -> int:
     """`python -m tune search`."""
-    check_flags(args)
     name, data = args.resume or args.name, args.data or runs.DRAWN
     known: list[Entry] = []
     if args.resume is not None:
@@ -103,10 +107,10 @@ def search(args: argparse.Namespace) -> int:
     from tune.search import run, scheduler_of  # Ray Tune: seconds
 
     scheduler_of(plan)  # its mistakes are told before anything is written
-    say(cluster.connect(args.verbose))
+    say(cluster.connect(args.address, args.verbose))
     if args.resume is None and args.gpus_per_trial is None:
         plan = replace(plan, gpus=float(cluster.has_gpus()))
-    at_once = cluster.slots(plan.cpus, plan.gpus) // plan.workers
+    at_once = cluster.most_slots(plan.cpus, plan.gpus) // plan.workers
     if at_once < 1:
         each = f"{plan.workers} worker{'s' * (plan.workers > 1)} of {plan.cpus} CPUs and {plan.gpus:g} GPUs"
         raise UsageError(
@@ -116,6 +120,7 @@ def search(args: argparse.Namespace) -> int:
         shown = [plan.space.setting(plan.seed, n) for n in range(min(5, plan.trials))]
         say(f"{plan.to_json()}{at_once} at once; the first settings:\n" + "\n".join(map(str, shown)))
         return 0
+    cluster.wait_for_nodes(cluster.Workers(plan.workers, plan.gpus > 0, plan.cpus), args.node_patience)
     if args.resume is None:
         dataset = runs.find_data(data, args.runs, None, None, None)
         say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
@@ -123,7 +128,7 @@ def search(args: argparse.Namespace) -> int:
         plan = replace(plan, config=filled)
     save(storage, plan, known)
     say(f"{storage.uri}: {plan.trials} trials of at most {plan.config.epochs} epochs, {at_once} at a time")
-    where = "" if args.runs == "runs" else f" --runs {shlex.quote(args.runs)}"
+    where = "" if args.runs == flags.default_runs() else f" --runs {shlex.quote(args.runs)}"
     say(f"watch it: python -m tune dashboard {name}{where}")
     stopped = run(storage, plan, known, at_once, args.time_budget)
     finish(open_search(args.runs, name), name, where, interrupted=stopped is not None)

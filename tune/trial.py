@@ -141,7 +141,7 @@ def _distributed(job: Job, config: Config, storage: Storage, observer: _TuneObse
 
     hub = make_hub()
     workers = Workers(job.workers, gpu=bool(job.gpus), cpus=job.cpus)
-    fit = start(config, storage, workers, Safety(), max_failures=3, verbose=False, hub=hub, wants_saved=True)
+    fit = start(config, storage, workers, Safety(), verbose=False, hub=hub, wants_saved=True)
     asked = False
     while True:
         ended = fit.done()
