@@ -69,6 +69,15 @@ class Command:
             self.process.wait()
 
 
+def wait_until(what: Callable[[], object], seconds: float) -> float:
+    """Until `what` is true; the seconds it took."""
+    began = time.monotonic()
+    while not what():
+        assert time.monotonic() - began < seconds, "it did not happen in time"
+        time.sleep(0.2)
+    return time.monotonic() - began
+
+
 def _arguments(process: psutil.Process) -> list[str]:
     """What a process was called with; nothing if it has ended since it was listed."""
     try:

@@ -31,7 +31,7 @@ PROFILE = f"export PATH={VENV}/bin:$PATH UV_OFFLINE=1 OMP_NUM_THREADS=1\n"
 INIT = """
 set -e
 hostname {name}
-mount -t tmpfs -o size=4g tmpfs {place}
+mount -t tmpfs -o size=16g tmpfs {place}
 mkdir {place}/written {place}/work {place}/disk
 mount -t overlay overlay -o lowerdir=/,upperdir={place}/written,workdir={place}/work {place}/disk
 cd {place}/disk
@@ -50,7 +50,7 @@ mount --bind {shared} .{share}
 cp {base}/etc_hosts etc/hosts
 : > etc/resolv.conf
 sed -i '/^{user}:/d' etc/passwd etc/shadow
-echo '{user}:x:0:0::{home}:/bin/bash' >> etc/passwd
+sed -i '1i {user}:x:0:0::{home}:/bin/bash' etc/passwd  # first: the name and the home of user 0
 echo '{user}:*:19000:0:99999:7:::' >> etc/shadow
 cp {base}/profile .{home}/.bashrc
 cp {base}/profile .{home}/.profile

@@ -1,0 +1,245 @@
+"""Machines of one's own: `ray up docs/cluster.local.yaml` on hosts with sshd, and all that is promised of a cluster.
+
+One story, in the order of the tests: a head and two workers are brought up, and a third worker joins by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.hosts import SHARE, USER, Hosts, missing
+from tests.cluster.laptop import RAY, Laptop
+from tests.command import ROOT, TRAIN, Command, wait_until
+from tests.faults.bench import make_dataset
+
+pytestmark = pytest.mark.slow
+
+# The hosts share this machine's CPUs: the head stands for one that has none to spare, the others for small ones.
+SIZES = """export RAY_OVERRIDE_RESOURCES='{"CPU": '$([ $(hostname) = head ] && echo 0 || echo 1)'}'\n"""
+
+
+class Lab:
+    """The hosts, the laptop, and the seconds that things took."""
+
+    def __init__(self, base: Path) -> None:
+        self.hosts = Hosts(base, ["head", "w1", "w2", "w3", "stranger"], SIZES)
+        self.laptop = Laptop(self.hosts, {"RAY_UP_enable_autoscaler_v2": "0"})
+        self.seconds: dict[str, float] = {}
+        self.runs = self.hosts.share / "runs"
+        self.commands: list[Command] = []
+
+    def up(self) -> None:
+        for name in ("head", "w1", "w2", "w3"):
+            self.hosts[name].power_on()
+        self.laptop.type(RAY, "get-auth-token", "--generate")
+        mine = {
+            "head_ip: HEAD_IP": f"head_ip: {self.hosts['head'].address}",
+            "WORKER_1_IP, WORKER_2_IP": f"{self.hosts['w1'].address}, {self.hosts['w2'].address}",
+            "ssh_user: USER": f"ssh_user: {USER}",
+            "~/.ssh/id_ed25519": f"{self.hosts.base}/key",
+            "/mnt/SHARE": SHARE,
+        }
+        self.laptop.write(ROOT / "docs/cluster.local.yaml", mine)
+        began = time.monotonic()
+        self.laptop.ray("up")
+        self.seconds["ray up"] = time.monotonic() - began
+        self.seconds["nodes joined"] = wait_until(lambda: len(self.nodes()) == 3, 90)
+
+    def join(self, name: str) -> None:
+        """Set a machine up by hand, as docs/cluster.md says, and have it join."""
+        head, host = self.hosts["head"], self.hosts[name]
+        quiet = "-q -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
+        host.ssh("mkdir -p ~/.ray")
+        for what in ("code", ".ray/auth_token", ".bashrc", ".dogvae-env"):
+            head.ssh(f"scp -i ~/ray_bootstrap_key.pem {quiet} -r ~/{what} {host.address}:~/{what}")
+        host.ssh(f"export RAY_AUTH_MODE=token; ray start --address={head.address}:6379")
+
+    def nodes(self) -> dict[str, str]:
+        return self.laptop.nodes(self.hosts["head"])
+
+    def start(self, *args: str) -> Command:
+        """A command on the laptop, which ends with the lab at the latest."""
+        self.commands.append(self.laptop.start(*args))
+        return self.commands[-1]
+
+    def lines(self, run: str) -> list[dict[str, Any]]:
+        path = self.runs / run / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def close(self) -> None:
+        for command in self.commands:
+            command.stop()
+        self.laptop.close()
+        self.hosts.close()
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    if lacking := missing():
+        pytest.skip(f"hosts need {lacking}")
+    with tempfile.TemporaryDirectory(prefix="dogvae-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
+        made = Lab(Path(folder))
+        try:
+            make_dataset(made.hosts.share / "dogs")
+            made.up()
+            yield made
+        finally:
+            made.close()
+
+
+def test_doctor_finds_nothing_wrong(lab: Lab) -> None:
+    told = lab.laptop.ray("exec", f"dogvae doctor --data {SHARE}/dogs")
+    assert re.search(r"nodes +all +3 joined", told)
+    for name in ("head", "w1", "w2"):
+        for check in ("versions", "disk", "clock", "storage", "dataset", "shared"):
+            assert re.search(rf"✓ {check} +{lab.hosts[name].address} ", told), told
+    assert re.search(r"✓ gloo +all +3 nodes reach each other", told)
+    assert "✗" not in told
+    assert [path.name for path in lab.runs.iterdir()] == []
+
+
+PROBE = """
+import socket, sys, urllib.error, urllib.request
+head, token = sys.argv[1:]
+def answers(port):
+    return socket.socket().connect_ex((head, port)) == 0
+def http(path):
+    request = urllib.request.Request(f"http://{head}:8265{path}", headers={"Authorization": f"Bearer {token}"})
+    try:
+        return urllib.request.urlopen(request, timeout=3).status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return "refused"
+print("dashboard", http("/"))
+print("jobs", http("/api/jobs/"))
+import ray
+for name, port, address in (("driver", 6379, f"{head}:6379"), ("client", 10001, f"ray://{head}:10001")):
+    try:
+        if answers(port):
+            ray.init(address=address, logging_level="CRITICAL")
+        print(name, "let in" if answers(port) else "refused")
+    except Exception as error:
+        print(name, "refused", type(error).__name__)
+print("open", *(port for port in range(1, 65536) if answers(port)))
+"""
+
+
+def test_stranger_on_the_network_is_refused(lab: Lab) -> None:
+    """Without the token, and with a wrong one: no dashboard, no jobs, no driver, no client; and what answers at all."""
+    head, stranger = lab.hosts["head"], lab.hosts["stranger"]
+    tries = []
+    for token in ("", "0" * 64):
+        mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
+        env = {**lab.laptop.env, **mode, "HOME": str(lab.hosts.base / "nobody")}
+        command = stranger.inside(sys.executable, "-c", PROBE, head.address, token)
+        tries.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
+    for one in tries:
+        told = dict(line.split(" ", 1) for line in one.communicate(timeout=180)[0].splitlines())
+        assert told["dashboard"] == told["jobs"] == "refused"
+        assert told["driver"].split()[0] == told["client"].split()[0] == "refused"
+    answering = {int(port) for port in told["open"].split()}
+    listening = head.ssh("ss -ltnpH")
+    names = {}
+    for line in listening.splitlines():
+        place, name = line.split()[3], re.search(r'users:..."([^"]+)', line)
+        if not place.startswith(("127.", "[::1]")):
+            names[int(place.rsplit(":", 1)[1])] = name[1] if name else "?"
+    print("a stranger reaches on the head:", {port: names.get(port, "?") for port in sorted(answering)})
+    assert answering <= set(names)
+    assert {22, 6379} <= answering
+
+
+def test_search_over_the_hosts(lab: Lab) -> None:
+    """Four trials, on both workers; the export is there."""
+    settings = "--set width=4 --set latent_dim=4 --set batch_size=8 --search lr=loguniform(1e-3,1e-2)"
+    typed = f"python -m tune search --data {SHARE}/dogs --name s --trials 4 --epochs 3 --scheduler none {settings}"
+    told = lab.laptop.ray("exec", f"cd code && {typed.replace('(', chr(92) + '(').replace(')', chr(92) + ')')}")
+    trials = json.loads((lab.runs / "s/trials.json").read_text())
+    entries = trials["trials"] if isinstance(trials, dict) else trials
+    assert [entry["state"] for entry in entries] == ["done"] * 4, told
+    hosts = {path.name.rsplit(".", 1)[1] for path in (lab.runs / "s").rglob("events.*")}
+    assert hosts == {"w1", "w2"}
+    assert (lab.runs / "s/export/model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def training(lab: Lab) -> Command:
+    """`--cpus 1:2` from the laptop, as a job, on two of three workers; the third has joined by hand."""
+    dashboard = lab.laptop.open_dashboard()
+    began = time.monotonic()
+    command = lab.start(
+        TRAIN, "--address", dashboard, "--data", f"{SHARE}/dogs", "--name", "run", "--epochs", "3000", "--width", "4",
+        "--latent-dim", "4", "--batch-size", "8", "--cpus", "1:2", "--checkpoint-every", "5s",
+    )  # fmt: skip
+    command.wait_until(lambda: lab.lines("run"), 120)
+    lab.seconds["command to first epoch"] = time.monotonic() - began
+    assert lab.lines("run")[0]["world_size"] == 2
+    lab.join("w3")
+    wait_until(lambda: len(lab.nodes()) == 4, 60)
+    return command
+
+
+def again(lab: Lab, command: Command, world_size: int, what: str, seconds: float) -> None:
+    """Wait for an epoch of so many workers that began after this moment, and note how long it took."""
+    began, before = time.monotonic(), len(lab.lines("run"))
+
+    def trains() -> bool:
+        new = lab.lines("run")[before:]
+        return len(new) > 1 and new[-1]["world_size"] == world_size and time.monotonic() - began > 2
+
+    command.wait_until(trains, seconds)
+    lab.seconds[what] = time.monotonic() - began
+
+
+def test_host_that_loses_power(lab: Lab, training: Command) -> None:
+    lab.hosts["w1"].power_off()
+    again(lab, training, 2, "power lost to training again", 60)
+
+
+def test_host_that_is_announced_to_go_and_whose_cable_is_cut(lab: Lab, training: Command) -> None:
+    head, second = lab.hosts["head"], lab.hosts["w2"]
+    node = lab.nodes()[second.address]
+    head.ssh(
+        f"ray drain-node --address {head.address}:6379 --node-id {node} --reason DRAIN_NODE_REASON_PREEMPTION "
+        "--reason-message spot --deadline-remaining-seconds 8"
+    )
+    training.wait_for("a node is about to go", 30)
+    second.cut()
+    again(lab, training, 1, "cable cut to training again", 90)
+
+
+def test_host_that_comes_back(lab: Lab, training: Command) -> None:
+    """One worker becomes two; then the laptop's Ctrl-C stops the job after a checkpoint."""
+    lab.hosts["w1"].power_on()
+    lab.join("w1")
+    again(lab, training, 2, "host joined to training on it", 90)
+    training.process.terminate()
+    assert training.wait(60) == 143, training.text()
+    assert "to go on: python train_distributed.py" in training.text()
+    assert "Traceback" not in training.text()
+    epochs = [line["epoch"] for line in lab.lines("run")]
+    assert epochs == list(range(len(epochs)))
+    print(json.dumps({what: round(s, 1) for what, s in lab.seconds.items()}))
+    assert lab.seconds["power lost to training again"] < 40
+    assert lab.seconds["cable cut to training again"] < 60
+
+
+def test_down(lab: Lab) -> None:
+    """Nothing of Ray is left on the head, nor anything that works on the others."""
+    lab.laptop.ray("down")
+    for name in ("head", "w1", "w3"):
+        wait_until(lambda host=lab.hosts[name]: "raylet/raylet" not in host.ssh("ps -eo args"), 60)
+    left = lab.hosts["head"].ssh("ps -eo args")
+    assert "gcs_server" not in left
+    assert "dashboard" not in left
