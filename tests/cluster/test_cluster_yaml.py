@@ -236,9 +236,9 @@ def test_commands_do_what_they_say(name: str, tmp_path: Path) -> None:
     """Run twice, as Ray does, each through the shells that Ray uses: with uv and ray stood in for."""
     machine, config = Machine(tmp_path / "home"), accepted(load(name))
     setup, home = config["head_setup_commands"], tmp_path / "home"
-    install = f"token|uv pip install --python {home}/venv/bin/python -c {home}/dogvae/constraints.txt"
+    install = f"token|uv pip install --python {home}/venv/bin/python -c {home}/code/constraints.txt"
     calls = machine.run(setup)
-    again = [f"{install} setuptools>=77", f"{install} --no-build-isolation -e {home}/dogvae"]
+    again = [f"{install} setuptools>=77", f"{install} --no-build-isolation -e {home}/code"]
     again += [f"{install} boto3"] if name == "aws" else []
     assert calls == [f"token|uv venv --python 3.11 {home}/venv", *again]
     assert machine.run(setup) == again

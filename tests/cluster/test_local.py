@@ -135,42 +135,45 @@ print("open", *(port for port in range(1, 65536) if answers(port)))
 """
 
 
-def test_stranger_on_the_network_is_refused(lab: Lab) -> None:
-    """Without the token, and with a wrong one: no dashboard, no jobs, no driver, no client; and what answers at all."""
-    head, stranger = lab.hosts["head"], lab.hosts["stranger"]
+@pytest.fixture(scope="module")
+def strangers(lab: Lab) -> list[subprocess.Popen[str]]:
+    """Two at work on a machine beside the cluster's: one without a token, one with a wrong one."""
     tries = []
     for token in ("", "0" * 64):
         mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
         env = {**lab.laptop.env, **mode, "HOME": str(lab.hosts.base / "nobody")}
-        command = stranger.inside(sys.executable, "-c", PROBE, head.address, token)
-        tries.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
-    for one in tries:
+        command = lab.hosts["stranger"].inside(sys.executable, "-c", PROBE, lab.hosts["head"].address, token)
+        tries.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
+    return tries
+
+
+def test_search_over_the_hosts(lab: Lab, strangers: object) -> None:
+    """Four trials, on both workers; the export is there."""
+    settings = '--set width=4 --set latent_dim=4 --set batch_size=8 --search "lr=loguniform(1e-3,1e-2)"'
+    typed = f"python -m tune search --data {SHARE}/dogs --name s --trials 4 --epochs 3 --scheduler none {settings}"
+    told = lab.laptop.ray("exec", f"cd code && {typed}")
+    entries = json.loads((lab.runs / "s/trials.json").read_text())
+    assert [entry["state"] for entry in entries] == ["done"] * 4, told
+    for name in ("w1", "w2"):
+        lab.hosts[name].ssh("grep -q actor_name:ImplicitFunc /tmp/ray/session_latest/logs/worker-*.out")
+    assert (lab.runs / "s/export/model.safetensors").exists()
+
+
+def test_stranger_on_the_network_is_refused(lab: Lab, strangers: list[subprocess.Popen[str]]) -> None:
+    """Without the token, and with a wrong one: no dashboard, no jobs, no driver, no client; and what answers at all."""
+    for one in strangers:
         told = dict(line.split(" ", 1) for line in one.communicate(timeout=180)[0].splitlines())
         assert told["dashboard"] == told["jobs"] == "refused"
         assert told["driver"].split()[0] == told["client"].split()[0] == "refused"
     answering = {int(port) for port in told["open"].split()}
-    listening = head.ssh("ss -ltnpH")
-    names = {}
-    for line in listening.splitlines():
-        place, name = line.split()[3], re.search(r'users:..."([^"]+)', line)
+    listening = {}
+    for line in lab.hosts["head"].ssh("ss -ltnpH").splitlines():
+        place, name = line.split()[3], re.search(r'users:\(\("([^"]+)', line)
         if not place.startswith(("127.", "[::1]")):
-            names[int(place.rsplit(":", 1)[1])] = name[1] if name else "?"
-    print("a stranger reaches on the head:", {port: names.get(port, "?") for port in sorted(answering)})
-    assert answering <= set(names)
+            listening[int(place.rsplit(":", 1)[1])] = name[1] if name else "?"
+    print("a stranger reaches on the head:", {port: listening.get(port) for port in sorted(answering)})
+    assert answering <= set(listening)
     assert {22, 6379} <= answering
-
-
-def test_search_over_the_hosts(lab: Lab) -> None:
-    """Four trials, on both workers; the export is there."""
-    settings = "--set width=4 --set latent_dim=4 --set batch_size=8 --search lr=loguniform(1e-3,1e-2)"
-    typed = f"python -m tune search --data {SHARE}/dogs --name s --trials 4 --epochs 3 --scheduler none {settings}"
-    told = lab.laptop.ray("exec", f"cd code && {typed.replace('(', chr(92) + '(').replace(')', chr(92) + ')')}")
-    trials = json.loads((lab.runs / "s/trials.json").read_text())
-    entries = trials["trials"] if isinstance(trials, dict) else trials
-    assert [entry["state"] for entry in entries] == ["done"] * 4, told
-    hosts = {path.name.rsplit(".", 1)[1] for path in (lab.runs / "s").rglob("events.*")}
-    assert hosts == {"w1", "w2"}
-    assert (lab.runs / "s/export/model.safetensors").exists()
 
 
 @pytest.fixture(scope="module")
