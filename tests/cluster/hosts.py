@@ -67,6 +67,7 @@ AuthorizedKeysFile {base}/key.pub
 PidFile none
 MaxStartups 50
 PrintMotd no
+Subsystem sftp internal-sftp
 """
 
 
