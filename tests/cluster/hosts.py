@@ -106,10 +106,12 @@ class Host:
             ip("-n", self._net, "link", "set", device, "up")
         ip("-n", self._net, "route", "add", "default", "via", LAPTOP)  # else Ray takes 127.0.0.1 for its address
 
-    def also_at(self, address: str) -> None:
-        """Give it one more address, and this machine a way to it."""
-        ip("-n", self._net, "addr", "add", f"{address}/32", "dev", "eth0")
-        ip("route", "replace", f"{address}/32", "via", self.address)
+    def readdress(self, inside: str, outside: str) -> None:
+        """Give it the addresses of a machine in a cloud: one among the others (a /16), and one for this machine."""
+        ip("-n", self._net, "addr", "add", f"{inside}/16", "dev", "eth0")
+        ip("-n", self._net, "route", "replace", "default", "via", LAPTOP, "src", inside)
+        ip("-n", self._net, "addr", "add", f"{outside}/32", "dev", "eth0")
+        ip("route", "replace", f"{outside}/32", "via", self.address)
 
     def power_on(self) -> None:
         """Boot, and wait for sshd."""

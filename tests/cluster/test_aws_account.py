@@ -21,29 +21,22 @@ from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.aws.utils import client_cache, resource_cache
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-ROOT = Path(__file__).parents[2]
-TEMPLATE = (ROOT / "docs/aws-account.yaml").read_text()
+from tests.cluster.account import (
+    HOME,
+    NAME,
+    PARAMETERS,
+    PLACEHOLDERS,
+    REGION,
+    RESOURCES,
+    ROOT,
+    TEMPLATE,
+    filled_in,
+    make_stack,
+)
+
 CLUSTER = (ROOT / "cluster.yaml").read_text()
 GUIDE = ROOT / "docs/cluster.md"
-KNOWN_TO_MOTO = "/aws/service/ami-amazon-linux-latest/al2023-ami-kernel-6.1-x86_64"
-PLACEHOLDERS = {
-    "Bucket": "BUCKET",
-    "ImageId": "ami-IMAGE_ID",
-    "SecurityGroupId": "sg-SECURITY_GROUP_ID",
-    "HeadProfile": "arn:aws:iam::ACCOUNT:instance-profile/HEAD_PROFILE",
-    "WorkerProfile": "arn:aws:iam::ACCOUNT:instance-profile/WORKER_PROFILE",
-}
-NAME, REGION, HOME = "dogvae", "us-west-2", "203.0.113.7/32"
 Json = dict[str, Any]
-
-
-class Loader(yaml.SafeLoader):
-    """Takes `!Ref x` as text: for looking at the template itself."""
-
-
-Loader.add_multi_constructor("!", lambda loader, tag, node: f"{tag} {node.value}")
-RESOURCES = yaml.load(TEMPLATE, Loader)["Resources"]
-PARAMETERS = yaml.load(TEMPLATE, Loader)["Parameters"]
 
 
 @dataclass
@@ -56,9 +49,9 @@ class Account:
     def cluster(self) -> Json:
         """cluster.yaml as a person fills it in, checked as `ray up` does."""
         text = CLUSTER
-        for output, placeholder in PLACEHOLDERS.items():
+        for placeholder, value in filled_in(self.outputs).items():
             assert placeholder in text
-            text = text.replace(placeholder, self.outputs[output])
+            text = text.replace(placeholder, value)
         config = prepare_config(yaml.safe_load(text))
         validate_config(config)
         return config
@@ -88,16 +81,8 @@ def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Account
     made = Account()
     with mock_aws():
         monkeypatch.setattr(boto3, "DEFAULT_SESSION", boto3.Session())
-        default = PARAMETERS["Image"]["Default"]
         with pytest.warns(UserWarning, match="AWS::S3::BucketPolicy"):  # moto has none; cfn-lint looks at it
-            boto3.client("cloudformation").create_stack(
-                StackName=NAME,
-                TemplateBody=TEMPLATE.replace(default, KNOWN_TO_MOTO),
-                Parameters=[{"ParameterKey": "SshFrom", "ParameterValue": HOME}],
-                Capabilities=["CAPABILITY_IAM"],
-            )
-        (stack,) = boto3.client("cloudformation").describe_stacks(StackName=NAME)["Stacks"]
-        made.outputs = {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
+            made.outputs = make_stack(boto3.client("cloudformation"))
         boto3.DEFAULT_SESSION.events.register(
             "provide-client-params.*.*",
             lambda params, model, **_: made.calls.append((f"{model.service_model.service_name}:{model.name}", params)),
