@@ -30,6 +30,7 @@ from tests.cluster.account import (
     RESOURCES,
     ROOT,
     TEMPLATE,
+    Loader,
     filled_in,
     make_stack,
 )
