@@ -116,10 +116,8 @@ def test_training_on_machines_that_are_started_for_it(cloud: Cloud, monkeypatch:
     laptop.ray("up")
     seconds["ray up"] = time.monotonic() - began
     assert len(cloud.machines()) == 1
-    dogvae = str(Path(RAY).with_name("dogvae"))
-    laptop.type(
-        dogvae, "prepare", "drawn:60", f"s3://{outputs['Bucket']}/dogs", "--size", "32", "--val-fraction", "0.2"
-    )
+    data, dogvae = f"s3://{outputs['Bucket']}/dogs", str(Path(RAY).with_name("dogvae"))
+    laptop.type(dogvae, "prepare", "drawn:60", data, "--size", "32", "--val-fraction", "0.2")
     settings = "--width 4 --latent-dim 4 --batch-size 8 --epochs 3 --cpus 2"
     began = time.monotonic()
     typed = f"python train_distributed.py --data {data} --name run {settings}"
