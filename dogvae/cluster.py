@@ -8,10 +8,12 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from dogvae.console import Progress, RunFailed, UsageError, clock
 
+HEAD = "node:__internal_head__"  # a resource of the head alone
 NODES_INTERVAL_S = 2.0  # between two looks at what nodes there are
 
 
@@ -133,11 +135,39 @@ class Workers:
         return f"{number} {'GPU' if self.gpu else 'CPU'} worker{'s' if high > 1 else ''}{each}"
 
 
+@cache
 def _autoscaler_limits() -> dict[str, int] | None:
     """The most that an autoscaler may bring the cluster to; None without one."""
     import ray
 
-    return ray._private.state.state.get_max_resources_from_cluster_config()
+    address = ray.get_runtime_context().gcs_address
+    head = next(node for node in ray.nodes() if HEAD in node["Resources"])
+    if head["NodeID"] == ray.get_runtime_context().get_node_id():
+        return _limits_here(address)
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
+    ask = ray.remote(num_cpus=0)(_limits_here).options(scheduling_strategy=there)
+    limits: dict[str, int] | None = ray.get(ask.remote(address))
+    return limits
+
+
+def _limits_here(address: str) -> dict[str, int] | None:
+    """`_autoscaler_limits`, on the head: of the file that the autoscaler was started with. Ray has no other way."""
+    import psutil
+    import yaml
+
+    for process in psutil.process_iter(["cmdline"]):
+        typed = dict(arg.split("=", 1) for arg in process.info["cmdline"] or [] if "=" in arg)
+        if typed.get("--gcs-address") == address and "--autoscaling-config" in typed:
+            config = yaml.safe_load(Path(typed["--autoscaling-config"]).expanduser().read_text())
+            limits: dict[str, int] = {}
+            for name, kind in config["available_node_types"].items():
+                nodes = min(kind.get("max_workers", 0), config["max_workers"]) + (name == config["head_node_type"])
+                for resource in ("CPU", "GPU"):
+                    limits[resource] = limits.get(resource, 0) + nodes * int(kind["resources"].get(resource, 0))
+            return limits if any(limits.values()) else None  # machines of one's own: what they have is not known
+    return None
 
 
 def is_one_machine() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import subprocess
@@ -94,6 +95,30 @@ def test_plan_counts_nodes_that_may_come(monkeypatch: pytest.MonkeyPatch) -> Non
     assert cluster.has_gpus()
     with pytest.raises(UsageError, match=r"--gpus 5: the cluster has 4 GPUs and 16 CPUs at most; try --gpus 4"):
         cluster.plan(5, None)
+
+
+def test_limits_are_those_of_the_running_autoscaler(tmp_path: Path) -> None:
+    """Of the file that its command line names; with the head, and no more nodes than there may be in all."""
+    config = {
+        "max_workers": 3,
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 2}},
+            "gpu": {"max_workers": 4, "resources": {"CPU": 4, "GPU": 1, "memory": 1}},
+        },
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    sleep = "import time; time.sleep(60)"
+    typed = [sys.executable, "-c", sleep, "--gcs-address=1.2.3.4:5", f"--autoscaling-config={tmp_path}/config.yaml"]
+    with subprocess.Popen(typed) as monitor:
+        try:
+            assert cluster._limits_here("1.2.3.4:5") == {"CPU": 14, "GPU": 3}
+            assert cluster._limits_here("1.2.3.4:6") is None
+            config["available_node_types"] = {"head": {"resources": {}}, "gpu": {"max_workers": 4, "resources": {}}}
+            (tmp_path / "config.yaml").write_text(json.dumps(config))
+            assert cluster._limits_here("1.2.3.4:5") is None
+        finally:
+            monitor.kill()
 
 
 class Asked:
