@@ -118,7 +118,8 @@ def _look(runs: str, data: str | None, token: str, number: int) -> dict[str, Any
     if data is not None:
         try:
             if is_uri(data):  # a look fetches nothing
-                manifest, found["copy"] = read_manifest(data), outlook(data)
+                manifest = read_manifest(data)
+                found["copy"] = outlook(manifest)
             else:
                 manifest = Dataset(data).manifest
             images = sum(shard["count"] for shard in shards_of(manifest))

@@ -61,9 +61,9 @@ def local_copy(data: str | Path, fingerprint: str = "", damaged: Collection[str]
     return folder
 
 
-def outlook(data: str) -> str:
-    """Whether this node has the dataset that a URI names, or what it takes to fetch it; UsageError if it cannot."""
-    manifest, cache, limit = read_manifest(data), cache_folder() / "datasets", _limit()
+def outlook(manifest: dict[str, Any]) -> str:
+    """Whether this node has a copy of the dataset, or what it takes to fetch one; UsageError if it cannot hold it."""
+    cache, limit = cache_folder() / "datasets", _limit()
     folder = cache / manifest["fingerprint"]
     if _is_whole(folder):
         return f"fetched already: {folder}"
@@ -170,8 +170,6 @@ def _last_used(folder: Path) -> float:
 
 def _fetch(source: Storage, manifest: dict[str, Any], folder: Path, damaged: Collection[str], limit: int) -> None:
     """Make the copy whole: shards under their names once they are known to be right, the manifest last."""
-    if not damaged and _is_whole(folder):
-        return  # another process was first
     with ExitStack() as locks:
         for other in _leaving(folder, manifest, limit, locks):
             shutil.rmtree(other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -66,8 +67,8 @@ def noise(n: int, seed: int) -> np.ndarray:
 
 @pytest.fixture
 def remote(write_dataset: WriteDataset) -> Path:
-    """Four shards of 2 to 6 images, 6 to 18 kB."""
-    return write_dataset([noise(n, n) for n in (6, 5, 4)], [noise(2, 9)], "remote")
+    """Four shards of 40, 5, 4 and 2 images: 6 to 123 kB."""
+    return write_dataset([noise(n, n) for n in (40, 5, 4)], [noise(2, 9)], "remote")
 
 
 def put(folder: Path, s3: Server, name: str = "dogs") -> str:
@@ -169,7 +170,7 @@ def test_other_data_at_the_same_place_are_another_copy(write_dataset: WriteDatas
     write_dataset([noise(3, 20)], [noise(1, 21)], "remote")
     new = Dataset(uri)
     assert new.folder != old.folder
-    assert (len(new.train), len(Dataset(old.folder).train)) == (3, 15)
+    assert (len(new.train), len(Dataset(old.folder).train)) == (3, 49)
     assert shards_in(new.folder) == shards_in(remote)
 
 
@@ -220,7 +221,7 @@ def test_torn_download_goes_on(how: signal.Signals, remote: Path, s3: Server, ca
     torn.send_signal(how)
     began = time.monotonic()
     torn.wait(10)
-    assert time.monotonic() - began < 0.5 + 0.2  # Ctrl-C ends what is under way at its next piece
+    assert time.monotonic() - began < 1.5  # Ctrl-C too ends what is under way at its next piece, not 3 s later
     there = states(folder)
     assert 0 < len(there) < 4
     assert not (folder / "manifest.json").exists()
@@ -562,7 +563,7 @@ def test_resuming_with_the_data_elsewhere(remote: Path, s3: Server, tmp_path: Pa
 
 
 def test_name_of_a_run_has_no_options_of_a_uri() -> None:
-    assert runs.default_name("s3://key:secret@bucket/my.dogs?region=eu&scheme=http").startswith("my-2")
+    assert re.fullmatch(r"dogs-\d{8}-\d{6}", runs.default_name("s3://key:secret@bucket/dogs?region=eu&scheme=http"))
 
 
 BAD = {
@@ -613,7 +614,7 @@ def test_doctor_looks_and_fetches_nothing(
         findings = _judge(node, "10.0.0.1", answer, _versions(), time.time(), time.time(), "runs", data)
         return next(f for f in findings if f.check == "dataset")
 
-    assert look().found == f"17 images, fingerprint {fingerprint[:8]}, 0.1 MB to fetch"
+    assert look().found == f"51 images, fingerprint {fingerprint[:8]}, 0.1 MB to fetch"
     assert look().ok
     assert not cache.exists()
     monkeypatch.setenv("DOGVAE_CACHE_GB", "0.00001")
@@ -621,11 +622,11 @@ def test_doctor_looks_and_fetches_nothing(
     assert look().found.startswith("DOGVAE_CACHE_GB: ")
     monkeypatch.delenv("DOGVAE_CACHE_GB")
     folder = fetched(uri)
-    assert look().found == f"17 images, fingerprint {fingerprint[:8]}, fetched already: {folder}"
+    assert look().found == f"51 images, fingerprint {fingerprint[:8]}, fetched already: {folder}"
     assert not look(s3.uri("nowhere")).ok
     assert "has no manifest.json" in look(s3.uri("nowhere")).found
     assert "reach it" in look(s3.uri("nowhere")).remedy
-    assert look(str(remote)).found == f"17 images, fingerprint {fingerprint[:8]}"
+    assert look(str(remote)).found == f"51 images, fingerprint {fingerprint[:8]}"
 
 
 # --- uploading, what `dogvae prepare PHOTOS s3://...` ends with
