@@ -453,7 +453,10 @@ def test_upload_that_was_interrupted_needs_no_photos_again(
     assert len(Dataset(uri).train) + len(Dataset(uri).val) == 10
 
 
-def test_object_store_that_cannot_be_written_is_told_before_any_photo_is_read(s3: Server, tmp_path: Path) -> None:
+def test_object_store_that_cannot_be_written_is_told_before_any_photo_is_read(
+    s3: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_Decoding", lambda *args: pytest.fail("photos are read"))
     options = f"?endpoint_override=127.0.0.1:{s3.port}&scheme=http&region=us-east-1"
     with pytest.raises(UsageError, match=r"^OUT s3://no-such-bucket/dogs.* cannot be written: "):
-        prepare("drawn:100000000", f"s3://no-such-bucket/dogs{options}")
+        prepare("drawn:10", f"s3://no-such-bucket/dogs{options}")
