@@ -12,10 +12,11 @@ from typing import Any
 from dogvae import flags
 from dogvae.config import CROPS, IMAGE_SIZES
 from dogvae.console import Progress, UsageError, say
+from dogvae.shards import read_manifest
 
 MOST_COLUMNS = 12  # of photos and reconstructions
 AT_ONCE = 64  # pictures between two steps of progress
-DATASET = "a prepared dataset, such as `dogvae prepare` makes"
+DATASET = "a prepared dataset, such as `dogvae prepare` makes: a folder, or s3:// and the like"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
 
     prepare = commands.add_parser("prepare", help="turn photos into a dataset of small square images")
     prepare.add_argument("source", help="a folder, a .zip or .tar(.gz), oxford-pets[:DIR], or drawn:COUNT[:SEED]")
-    prepare.add_argument("out", help="the dataset's folder, made by this command")
+    prepare.add_argument("out", help="the dataset's folder, made by this command, or s3:// and the like")
     prepare.add_argument("--size", type=int, default=64, help=f"side in pixels, of {IMAGE_SIZES} (default: 64)")
     prepare.add_argument("--crop", default="center", help=f"one of {CROPS}; box cuts annotated dogs (default: center)")
     prepare.add_argument(
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     prepare.set_defaults(run=_prepare)
 
     doctor = commands.add_parser("doctor", help="whether every node of the cluster has what training needs")
-    doctor.add_argument("--data", help="a prepared dataset that every node should see")
+    doctor.add_argument("--data", help="a prepared dataset that every node should see or can fetch")
     flags.add_runs(doctor)
     flags.add_address(doctor)
     doctor.set_defaults(run=_doctor)
@@ -183,6 +184,7 @@ def _directions(args: argparse.Namespace) -> None:
 
 
 def _neighbours(args: argparse.Namespace) -> None:
+    read_manifest(args.dataset)  # a mistake there is told before a model is loaded
     output, model = _begin(args, (len(args.photos) or args.n) * (args.k + 1))
     import numpy as np
 
@@ -202,6 +204,7 @@ def _neighbours(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    read_manifest(args.dataset)
     import dogvae
     from dogvae.dataset import Dataset
     from dogvae.quality import measure, table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from dogvae.console import UsageError
-from dogvae.shards import read_manifest
+from dogvae.fetch import local_copy
+from dogvae.shards import read_manifest, shards_of
+from dogvae.storage import is_uri
 
 RESIDENT_SHARE = 0.25  # of the device's free memory: what a dataset may fill before it is streamed instead
 
@@ -83,25 +86,47 @@ class Split:
 
 
 class Dataset:
-    """An opened dataset: `train` and `val` splits, `size` of the images and the `fingerprint` of it all."""
+    """An opened dataset: `train` and `val` splits, `size` of the images and the `fingerprint` of it all.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        manifest = read_manifest(self.path)
+    `path` is what was opened, a path or a URI, and `folder` where that lies on this node. With the `fingerprint` of
+    what is wanted, any other dataset is refused. Raises UsageError.
+    """
+
+    def __init__(self, path: str | Path, fingerprint: str = "") -> None:
+        self.path = path if is_uri(path) else Path(path)
+        self.folder = local_copy(path, fingerprint)
+        manifest = read_manifest(self.folder, fingerprint)
         self.size: int = manifest["size"]
         self.fingerprint: str = manifest["fingerprint"]
         self.manifest = manifest
         self.train, self.val = (
-            Split(self.path, manifest["splits"][split]["shards"], self.size) for split in ("train", "val")
+            Split(self.folder, manifest["splits"][split]["shards"], self.size) for split in ("train", "val")
         )
 
-    def verify(self, rank: int = 0, world_size: int = 1) -> None:
-        """Compare this rank's share of the shards with their checksums; UsageError names the first that differs."""
-        shards = [shard for split in self.manifest["splits"].values() for shard in split["shards"]]
-        for shard in shards[rank::world_size]:
-            path = self.path / shard["file"]
-            if sha256_of(path) != shard["sha256"]:
-                raise UsageError(f"{path} is not what was prepared (its checksum differs): prepare it again")
+    @property
+    def copy(self) -> tuple[Any, ...]:
+        """The same on two ranks if they read the same files, or files that only the user can mend."""
+        status = self.folder.stat()
+        return (socket.gethostname(), status.st_dev, status.st_ino) if is_uri(self.path) else ()
+
+    def verify(self, rank: int = 0, world_size: int = 1) -> list[Path]:
+        """Compare this rank's share of the shards with their checksums.
+
+        `rank` counts among the `world_size` ranks that have this `copy`. Files of a node's own copy that differ are
+        fetched again and returned: whoever has opened them should open them again. UsageError names the first that
+        cannot be mended.
+        """
+        shards = shards_of(self.manifest)[rank::world_size]
+        damaged = [s["file"] for s in shards if sha256_of(self.folder / s["file"]) != s["sha256"]]
+        paths = [self.folder / name for name in damaged]
+        if damaged and not is_uri(self.path):
+            raise UsageError(f"{paths[0]} is not what was prepared (its checksum differs): prepare it again")
+        if damaged:
+            try:
+                local_copy(self.path, self.fingerprint, damaged)
+            except UsageError as error:
+                raise UsageError(f"{paths[0]} is damaged and cannot be fetched again: {error}") from error
+        return paths
 
 
 def sha256_of(path: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dogvae.cluster import choose_interface
 from dogvae.console import say
-from dogvae.storage import Storage
+from dogvae.storage import Storage, is_uri
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pillow", "safetensors", "dogvae")
 TIMEOUT_S = 60.0  # for one node to answer
@@ -106,17 +106,24 @@ def _look(runs: str, data: str | None, token: str, number: int) -> dict[str, Any
 
     from dogvae.console import UsageError
     from dogvae.dataset import Dataset
+    from dogvae.fetch import outlook
+    from dogvae.shards import read_manifest, shards_of
 
     probe, storage_error = f".probe-{token}-{number}", ""
     try:
         Storage(runs).write(probe, socket.gethostname().encode())
     except (OSError, UsageError) as error:
         storage_error = str(error)
-    found: dict[str, Any] = {"data": "", "images": 0, "fingerprint": ""}
+    found: dict[str, Any] = {"data": "", "images": 0, "fingerprint": "", "copy": ""}
     if data is not None:
         try:
-            dataset = Dataset(data)
-            found |= {"images": len(dataset.train) + len(dataset.val), "fingerprint": dataset.fingerprint}
+            if is_uri(data):  # a look fetches nothing
+                manifest = read_manifest(data)
+                found["copy"] = outlook(manifest)
+            else:
+                manifest = Dataset(data).manifest
+            images = sum(shard["count"] for shard in shards_of(manifest))
+            found |= {"images": images, "fingerprint": manifest["fingerprint"]}
         except (OSError, UsageError) as error:
             found["data"] = str(error)
     shm = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None
@@ -171,8 +178,11 @@ def _judge(
             Finding("memory", where, answer["shm"] > LEAST_SHM, size, "in a container: --shm-size=8g or more")
         )
     if data is not None:
-        found = answer["data"] or f"{answer['images']:,} images, fingerprint {answer['fingerprint'][:8]}"
-        remedy = "put the dataset where every node sees it by that path"
+        copy = f", {answer['copy']}" if answer["copy"] else ""
+        found = answer["data"] or f"{answer['images']:,} images, fingerprint {answer['fingerprint'][:8]}{copy}"
+        remedy = "put the dataset where every node sees it by that path, or on S3"
+        if is_uri(data):
+            remedy = "this node must reach it, with rights to read it, and have room for it"
         findings.append(Finding("dataset", where, not answer["data"], found, remedy))
     return findings
 

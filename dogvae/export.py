@@ -40,9 +40,7 @@ def export(run: Storage, config: Config, folder: Storage | None = None) -> Stora
     weights = part(best.tensors, "ema") or part(best.tensors, "model")
     model = VAE(config.model).eval()
     model.load_state_dict(weights)
-    data = Dataset(config.data)
-    if data.fingerprint != config.fingerprint:
-        raise UsageError(f"{config.data} is not what this run was trained on (its fingerprint differs)")
+    data = Dataset(config.data, config.fingerprint)
     fitted = _prior(model, data)
     files = {
         "model.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in weights.items()}),

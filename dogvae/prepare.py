@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,14 @@ from dogvae.config import CROPS, IMAGE_SIZES
 from dogvae.console import Progress, UsageError, say
 from dogvae.decode import crops
 from dogvae.photos import Photo, Rejected, Source
-from dogvae.shards import Row, appearing, existing, write_dataset
+from dogvae.shards import MANIFEST, UPLOADING, Row, appearing, existing, write_dataset
 from dogvae.sources import open_source
+from dogvae.storage import Storage, cache_folder
 
 BATCH_PHOTOS, BATCH_BYTES = 64, 8 * 2**20  # of one task: about 60 ms, much more than Ray takes to start it
+
+UPLOADS = 4  # files at once
+STAGED = "prepared"  # in the cache: what is not yet uploaded
 
 Batch = list["Photo | Rejected"]
 
@@ -37,8 +43,8 @@ def prepare(
     crop: str = "center",
     val_fraction: float = 0.05,
     workers: int | None = None,
-) -> Path:
-    """Prepare the photos of `source` (see `open_source`) into the folder `out`, and return it.
+) -> Path | str:
+    """Prepare the photos of `source` (see `open_source`) into `out`, a folder or a URI, and return it.
 
     `size` is the edge in pixels (32, 64 or 128), `crop` what is cut from a photo ("center", or "box" for each bounding
     box), `val_fraction` the share of photos for validation. `workers` is how many tasks decode at once (default: all
@@ -46,11 +52,14 @@ def prepare(
     the same settings is left as it is. Raises UsageError, and then leaves nothing behind.
     """
     settings = _settings(size, crop, val_fraction, workers)
-    target = Path(os.path.realpath(out))
+    place = Storage(out)
+    target = Path(os.path.realpath(place.local)) if place.local else place
     existing(target)  # before a long listing of the source: may raise
     opened = open_source(source, crop)
-    _must_be_outside(target, opened)
-    return _prepare(opened, opened.signature(), target, settings, workers)
+    if isinstance(target, Path):
+        _must_be_outside(target, opened)
+    _prepare(opened, opened.signature(), target, settings, workers)
+    return target if isinstance(target, Path) else str(out)
 
 
 def cached(
@@ -68,8 +77,13 @@ def cached(
     opened = open_source(source, crop)
     _must_be_outside(folder, opened)
     signature = opened.signature()
-    key = hashlib.sha256(json.dumps([signature, settings]).encode()).hexdigest()[:16]
-    return _prepare(opened, signature, folder / key, settings, workers)
+    out = folder / _key(signature, settings)
+    _prepare(opened, signature, out, settings, workers)
+    return out
+
+
+def _key(signature: str, settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([signature, settings]).encode()).hexdigest()[:16]
 
 
 def _settings(size: int, crop: str, val_fraction: float, workers: int | None) -> dict[str, Any]:
@@ -89,23 +103,63 @@ def _must_be_outside(out: Path, source: Source) -> None:
         raise UsageError(f"OUT {out} is inside SOURCE {source.name}: name a folder outside it")
 
 
-def _prepare(source: Source, signature: str, out: Path, settings: dict[str, Any], workers: int | None) -> Path:
+def _prepare(
+    source: Source, signature: str, out: Path | Storage, settings: dict[str, Any], workers: int | None
+) -> None:
     described = {"kind": source.kind, "name": source.name, "signature": signature}
     manifest = existing(out)
     if manifest:
         _must_match(out, manifest, described, settings)
         say(f"{out} is prepared already: {_counts(manifest)}")
-        return out
-    rows = _Decoding(source, settings["size"], workers)
-    with appearing(out) as folder:
-        mine = write_dataset(folder, rows, described, settings)
+        return
+    folder, speed = out if isinstance(out, Path) else _staged(out, _key(signature, settings)), ""
+    if not existing(folder):  # else an upload of it was interrupted
+        rows = _Decoding(source, settings["size"], workers)
+        with appearing(folder) as partial:
+            write_dataset(partial, rows, described, settings)
+        speed = f", {rows.done / rows.seconds:.0f} images/s"
+    if isinstance(out, Storage):
+        upload(folder, out)
+        shutil.rmtree(folder, ignore_errors=True)
     manifest = existing(out)
     assert manifest, "it has just appeared"
     _must_match(out, manifest, described, settings)  # another run may have been first
-    say(f"{out}: {_counts(mine)}, {rows.done / rows.seconds:.0f} images/s")
-    if mine["rejected"]:
-        say(f"{out / 'rejected.csv'} lists the {mine['rejected']} rejected files and why")
-    return out
+    say(f"{out}: {_counts(manifest)}{speed}")
+    if manifest["rejected"]:
+        reasons = out / "rejected.csv" if isinstance(out, Path) else out.uri_of("rejected.csv")
+        say(f"{reasons} lists the {manifest['rejected']} rejected files and why")
+
+
+def _staged(out: Storage, key: str) -> Path:
+    """Where a dataset lies until it is uploaded. UsageError if `out` cannot be written: better now than afterwards."""
+    try:
+        if UPLOADING not in out.names():
+            out.write(UPLOADING, b"")
+            out.delete(UPLOADING)
+    except OSError as error:
+        raise UsageError(f"OUT {out} cannot be written: {error}") from error
+    return cache_folder() / STAGED / key
+
+
+def upload(folder: Path, out: Storage) -> None:
+    """Put a prepared dataset on an object store, its manifest last, going on where an upload of it was interrupted.
+
+    Raises UsageError if it cannot be written.
+    """
+    manifest = (folder / MANIFEST).read_bytes()
+    try:
+        there = set(out.names())
+        if UPLOADING not in there or out.read(UPLOADING) != manifest:
+            out.write(UPLOADING, manifest)
+            there = set()  # what there is belongs to another dataset, whose upload has not ended
+        paths = sorted(path for path in folder.iterdir() if path.name not in {*there, MANIFEST})
+        with ThreadPoolExecutor(UPLOADS) as pool, Progress("uploading") as line:
+            for done, _ in enumerate(pool.map(lambda path: out.write(path.name, path.read_bytes()), paths), 1):
+                line.update(done, len(paths), f"{done} of {len(paths)} files to {out}")
+        out.write(MANIFEST, manifest)
+        out.delete(UPLOADING)
+    except OSError as error:
+        raise UsageError(f"OUT {out} cannot be written: {error}") from error
 
 
 def _counts(manifest: dict[str, Any]) -> str:
@@ -113,7 +167,9 @@ def _counts(manifest: dict[str, Any]) -> str:
     return f"{train} train + {val} val images, {manifest['rejected']} rejected"
 
 
-def _must_match(out: Path, manifest: dict[str, Any], source: dict[str, str], settings: dict[str, Any]) -> None:
+def _must_match(
+    out: Path | Storage, manifest: dict[str, Any], source: dict[str, str], settings: dict[str, Any]
+) -> None:
     differs = [
         f"--{name.replace('_', '-')} {manifest['settings'].get(name)}, not {wanted}"
         for name, wanted in settings.items()

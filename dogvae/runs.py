@@ -13,7 +13,7 @@ from dogvae.config import CROPS, Config
 from dogvae.console import UsageError
 from dogvae.shards import MANIFEST, read_manifest
 from dogvae.sources import open_source
-from dogvae.storage import Storage
+from dogvae.storage import Storage, cache_folder, is_uri
 
 if TYPE_CHECKING:
     from dogvae.dataset import Dataset
@@ -26,6 +26,7 @@ DRAWN = "drawn:2000"  # what a run without --data learns from
 
 def default_name(data: str) -> str:
     """A name from what the data is called and the time: `dogs-20260131-142501`."""
+    data = data.partition("?")[0] if is_uri(data) else data  # without options, maybe keys
     stem = re.sub(r"[^\w.-]+", "-", data.rstrip("/").rsplit("/", 1)[-1].split(".")[0]).strip("-.") or "run"
     return f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
@@ -65,9 +66,8 @@ def open_old(runs: str, name: str | None, settings: dict[str, Any], data: str | 
         raise UsageError(f"--resume: there is no run {storage.uri}; leave --resume out to start it") from error
     _check_kept(config, settings)
     if data is not None:
-        settings = {**settings, "data": str(Path(data).absolute())}
-        if read_manifest(Path(data))["fingerprint"] != config.fingerprint:
-            raise UsageError(f"--data: {data} is not what this run was trained on (its fingerprint differs)")
+        settings = {**settings, "data": _absolute(data)}
+        read_manifest(data, config.fingerprint)
     return storage, config.replace(**settings)
 
 
@@ -97,10 +97,10 @@ def copy_checkpoints(source: Storage, storage: Storage) -> None:
 
 def check_data(data: str, image_size: int | None, crop: str | None, val_fraction: float | None) -> None:
     """UsageError, at once, if `data` is neither photos nor a prepared dataset, or prepared with other settings."""
-    if not (Path(data) / MANIFEST).exists():
+    if not _is_prepared(data):
         open_source(data, crop or CROPS[0])
         return
-    settings = read_manifest(Path(data))["settings"]
+    settings = read_manifest(data)["settings"]
     for flag, setting, value in (
         ("--image-size", "size", image_size),
         ("--crop", "crop", crop),
@@ -110,15 +110,27 @@ def check_data(data: str, image_size: int | None, crop: str | None, val_fraction
             raise UsageError(f"{flag}: {data} was prepared with {has}; prepare the photos again for {value}")
 
 
+def _is_prepared(data: str) -> bool:
+    return is_uri(data) or (Path(data) / MANIFEST).exists()
+
+
+def _absolute(data: str) -> str:
+    """What means the same in every process, wherever it runs."""
+    if is_uri(data) and not data.startswith("file://"):
+        return data
+    path = str(Storage(data).local)
+    return f"file://{path}" if is_uri(data) else path
+
+
 def find_data(data: str, runs: str, image_size: int | None, crop: str | None, val_fraction: float | None) -> Dataset:
     """The prepared dataset that `data` is, or that is made of the photos it names, once, in a cache beside the runs."""
     from dogvae.dataset import Dataset
 
-    if (Path(data) / MANIFEST).exists():
-        return Dataset(Path(data).absolute())
+    if _is_prepared(data):
+        return Dataset(_absolute(data))
     from dogvae.prepare import cached
 
-    cache = Storage(runs).local or Path("~/.cache/dogvae").expanduser()
+    cache = Storage(runs).local or cache_folder()
     settings: dict[str, Any] = {"size": image_size, "crop": crop, "val_fraction": val_fraction}
     return Dataset(cached(data, cache / CACHE, **{k: v for k, v in settings.items() if v is not None}))
 

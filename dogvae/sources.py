@@ -16,6 +16,7 @@ from functools import partial
 from dogvae.archives import Tar, Zip
 from dogvae.console import UsageError
 from dogvae.photos import MAX_BYTES, Box, Drawing, Entry, FileSource, Photo, Rejected, Source, is_hidden, why
+from dogvae.storage import cache_folder
 
 __all__ = ["Box", "Drawing", "Photo", "Rejected", "Source", "open_source"]
 
@@ -103,7 +104,7 @@ def open_source(spec: str, crop: str = "center") -> Source:
     if spec.startswith("drawn:"):
         return _open_drawn(rest, crop)
     if kind == "oxford-pets":
-        source = _open_pets(os.path.expanduser(rest or "~/.cache/dogvae/oxford-pets"), crop)
+        source = _open_pets(os.path.expanduser(rest) or str(cache_folder() / "oxford-pets"), crop)
     elif os.path.isdir(spec):
         source = _Folder(spec, crop)
     elif not os.path.exists(spec):

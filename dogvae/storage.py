@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
 from dogvae.console import UsageError
+
+BLOCK = 8 * 2**20  # bytes; each is a request of its own to an object store
+
+
+def is_uri(place: str | Path) -> bool:
+    """Whether a place is named by a URI, such as `s3://bucket/dogs`, and not by a path."""
+    return isinstance(place, str) and "://" in place
+
+
+def cache_folder() -> Path:
+    """Where this node keeps what it can get again: `$DOGVAE_CACHE`, by default `~/.cache/dogvae`."""
+    return Path(os.environ.get("DOGVAE_CACHE") or "~/.cache/dogvae").expanduser().absolute()
 
 
 class Storage:
@@ -19,7 +32,7 @@ class Storage:
 
     def __init__(self, uri: str | Path) -> None:
         self.uri = str(uri).removeprefix("file://").rstrip("/") or "/"
-        self.local: Path | None = None if "://" in self.uri else Path(self.uri).expanduser().absolute()
+        self.local: Path | None = None if is_uri(self.uri) else Path(self.uri).expanduser().absolute()
         try:
             if self.local:
                 self.uri = str(self.local)
@@ -27,18 +40,32 @@ class Storage:
             else:
                 self._fs, self._root = pafs.FileSystem.from_uri(self.uri)
         except (ValueError, OSError) as error:
-            raise UsageError(f"{uri} is no place that can be written to: {error}") from error
+            raise UsageError(f"{uri} is no place for files: {error}") from error
 
     def __truediv__(self, name: str) -> Storage:
+        return Storage(self.uri_of(name))
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def uri_of(self, name: str) -> str:
+        """The path or URI of a file or folder in it."""
         if self.local:
-            return Storage(self.local / name)
+            return str(self.local / name)
         head, query, options = self.uri.partition("?")
-        return Storage(f"{head}/{name}{query}{options}")
+        return f"{head}/{name}{query}{options}"
 
     def read(self, name: str) -> bytes:
         """The whole file; FileNotFoundError if there is none."""
         with self._fs.open_input_file(f"{self._root}/{name}") as file:
             return file.readall()
+
+    def blocks(self, name: str, start: int = 0) -> Iterator[bytes]:
+        """The file's bytes from `start` on, piece by piece; FileNotFoundError if there is none."""
+        with self._fs.open_input_file(f"{self._root}/{name}") as file:
+            file.seek(start)
+            while block := file.read(BLOCK):
+                yield block
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file: after a kill or a full disk there is the old file or the new one, never a part."""

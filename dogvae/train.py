@@ -12,6 +12,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 
@@ -31,6 +32,8 @@ from dogvae.storage import Storage
 PICTURES = 10  # how often over a run pictures go to TensorBoard
 POLL_STEPS_CUDA = 8  # steps between two looks at what is wanted; each makes the host wait for the GPU
 PREEMPTION_INTERVAL_S = 1.0
+TOUCH_S = 0.5  # how often ranks that wait for each other's data say that they are there
+SILENT_S = 5.0  # until the user hears what is being waited for
 
 T = TypeVar("T")
 
@@ -48,7 +51,7 @@ class Observer:
         """Every rank, after each epoch: its record, the same on all ranks."""
 
     def note(self, line: str) -> None:
-        """Rank 0: something that went wrong, or well again, without stopping the run."""
+        """Any rank: something that went wrong, or well again, without stopping the run."""
 
     def stopping(self) -> bool:
         """Any rank, before each step: whether to save and stop. Must be cheap."""
@@ -78,7 +81,7 @@ class _Run:
     ) -> None:
         self.config, self.observer, self.safety = config, observer, safety
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.dataset = _together(self._open_data)
+        self.dataset = self._open_data()
         self.steps = -(-len(self.dataset.train) // config.batch_size)  # of an epoch
         self.trainer = Trainer(config, device)
         _check_storage(storage, self.rank, self.world_size, 4 * self.trainer.nbytes)
@@ -124,11 +127,29 @@ class _Run:
             self.recorder.wait()
 
     def _open_data(self) -> Dataset:
-        dataset = Dataset(self.config.data)
-        if dataset.fingerprint != self.config.fingerprint:
-            raise UsageError(f"--data: {self.config.data} has changed since this run began (its fingerprint differs)")
-        dataset.verify(self.rank, self.world_size)
-        return dataset
+        """The dataset, fetched to each node and compared with its checksums by the ranks that share a copy."""
+
+        def opened() -> Dataset:
+            return Dataset(self.config.data, self.config.fingerprint)
+
+        dataset = self._patiently(opened)
+        copies = _everyones(dataset.copy)
+        sharers = [rank for rank, copy in enumerate(copies) if copy == copies[self.rank]]
+        for path in self._patiently(lambda: dataset.verify(sharers.index(self.rank), len(sharers))):
+            self.observer.note(f"{path} on {socket.gethostname()} was damaged: it has been fetched again")
+        return _together(opened)  # another rank may have put a file in the place of one that was open
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        """As `_together`, for what may take one node longer than the others may wait for it: they stay in touch."""
+        began, told = time.monotonic(), False
+        with ThreadPoolExecutor(1) as beside:
+            doing = beside.submit(action)
+            while busy := sorted({host for host in _everyones("" if doing.done() else socket.gethostname()) if host}):
+                if self.rank == 0 and not told and time.monotonic() - began > SILENT_S:
+                    told = True
+                    self.observer.note(f"waiting for the dataset on {', '.join(busy)}")
+                wait([doing], TOUCH_S)
+        return _together(doing.result)
 
     def _latest(self) -> Checkpoint | None:
         saved = self.checkpoints.latest() if self.rank == 0 else None
@@ -249,9 +270,7 @@ class _Run:
         digest = 0
         for p in self.trainer.parameters.values():
             digest = zlib.crc32(p.detach().cpu().contiguous().numpy().data, digest)
-        digests: list[Any] = [None] * self.world_size
-        dist.all_gather_object(digests, digest)
-        if len(set(digests)) > 1:
+        if len(set(_everyones(digest))) > 1:
             raise RunFailed(f"epoch {self.meta['epoch'] + 1}: the workers' weights have drifted apart")
 
     @torch.inference_mode()
@@ -304,13 +323,18 @@ def _together(action: Callable[[], T]) -> T:
         result = action()
     except (UsageError, RunFailed) as error:
         problem = error
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    if first := next(filter(None, problems), None):
+    if first := next(filter(None, _everyones(problem)), None):
         raise first
     return cast(T, result)
+
+
+def _everyones(value: T) -> list[T]:
+    """The value of each rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _agree(value: T) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from pyarrow.fs import FileSystem
 
 from tests.faults.net import Net, possible
+from tests.s3 import Server
 
 WriteDataset = Callable[..., Path]
 
@@ -82,3 +85,22 @@ def net() -> Iterator[Net]:
         yield made
     finally:
         made.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Server]:
+    running = Server()
+    yield running
+    running.process.kill()
+    running.process.wait()
+
+
+@pytest.fixture
+def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A server with an empty bucket, and the keys to it."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3_server.bucket = f"dogs-{uuid.uuid4().hex}"
+    FileSystem.from_uri(s3_server.uri(""))[0].create_dir(s3_server.bucket)
+    return s3_server

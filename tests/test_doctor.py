@@ -22,7 +22,16 @@ NODE = {"Resources": {"CPU": 4.0, "GPU": 1.0}}
 def answer(**changes: Any) -> dict[str, Any]:
     """Of a node that has all that it should."""
     well = {"versions": _versions(), "gpus": 1, "clock": 100.5, "disk": 50 << 30, "shm": 8 << 30}
-    return {**well, "storage": "", "probe": ".probe", "data": "", "images": 120, "fingerprint": "0123456789", **changes}
+    return {
+        **well,
+        "storage": "",
+        "probe": ".probe",
+        "data": "",
+        "images": 120,
+        "fingerprint": "0123456789",
+        "copy": "",
+        **changes,
+    }
 
 
 def judged(**changes: Any) -> dict[str, Finding]:

@@ -25,9 +25,12 @@ from PIL import Image
 from dogvae import prepare as module
 from dogvae import shards
 from dogvae.console import UsageError
+from dogvae.dataset import Dataset
 from dogvae.photos import Drawing, Photo, Rejected, Source
 from dogvae.prepare import cached, prepare
 from dogvae.shards import Row, is_val, write_dataset
+from dogvae.storage import Storage
+from tests.s3 import Server
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -400,3 +403,60 @@ def test_stopped_in_the_middle(tmp_path: Path, how: signal.Signals) -> None:
     assert len(list(tmp_path.iterdir())) == (1 if how is signal.SIGKILL else 0)
     prepare(str(photos(tmp_path / "photos", 5)), out, size=32)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photos"]
+
+
+def test_into_an_object_store(
+    s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same files as in a folder, by the same rules; nothing stays on this machine."""
+    monkeypatch.setenv("DOGVAE_CACHE", str(tmp_path / "cache"))
+    source, uri = photos(tmp_path / "photos", 10), s3.uri("dogs")
+    (source / "x.jpg").write_bytes(b"no photo")
+    here = prepare(str(source), f"file://{tmp_path}/here", size=32)
+    assert here == tmp_path / "here"
+    capsys.readouterr()
+    assert prepare(str(source), uri, size=32) == uri
+    told = capsys.readouterr().out
+    assert f"{uri}: 9 train + 1 val images, 1 rejected, " in told
+    assert f"{Storage(uri).uri_of('rejected.csv')} lists the 1 rejected" in told
+    assert "cache" not in told
+    assert {name: Storage(uri).read(name) for name in Storage(uri).names()} == contents(here)
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+    before = len(s3.asked("PUT"))
+    prepare(str(source), uri, size=32)
+    assert "is prepared already: " in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--size 32, not 64: name another"):
+        prepare(str(source), uri, size=64)
+    assert len(s3.asked("PUT")) == before
+
+
+def test_upload_that_was_interrupted_needs_no_photos_again(
+    s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOGVAE_CACHE", str(tmp_path / "cache"))
+    source, uri = photos(tmp_path / "photos", 10), s3.uri("dogs")
+
+    write = Storage.write
+
+    def failing(storage: Storage, name: str, data: bytes) -> None:
+        if name == "val-00000.npy":
+            raise OSError("connection reset")
+        write(storage, name, data)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Storage, "write", failing)
+        with pytest.raises(UsageError, match=r"^OUT .* cannot be written: connection reset"):
+            prepare(str(source), uri, size=32)
+    assert "manifest.json" not in Storage(uri).names()
+    monkeypatch.setattr(module, "decode_batch", None)
+    prepare(str(source), uri, size=32)
+    assert len(Dataset(uri).train) + len(Dataset(uri).val) == 10
+
+
+def test_object_store_that_cannot_be_written_is_told_before_any_photo_is_read(
+    s3: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_Decoding", lambda *args: pytest.fail("photos are read"))
+    options = f"?endpoint_override=127.0.0.1:{s3.port}&scheme=http&region=us-east-1"
+    with pytest.raises(UsageError, match=r"^OUT s3://no-such-bucket/dogs.* cannot be written: "):
+        prepare("drawn:10", f"s3://no-such-bucket/dogs{options}")

@@ -135,7 +135,7 @@ def test_checkpoint_of_other_data_is_refused(dataset: Path, write_dataset: Write
     other = job(write_dataset([noise], [noise[:VAL]]), epochs=2)
     with pytest.raises(UsageError, match=f"fingerprint {config.fingerprint}, not {other.fingerprint}"):
         train(other, tmp_path / "run")
-    with pytest.raises(UsageError, match="has changed since this run began"):
+    with pytest.raises(UsageError, match="not what this run was trained on"):
         train(other.replace(data=str(dataset)), tmp_path / "elsewhere")
 
 

@@ -16,7 +16,7 @@ from dogvae.config import Safety
 from dogvae.storage import Storage
 from dogvae.train import loop
 from tests.faults.bench import StopAt, differing, final, job, train
-from tests.faults.conftest import Server
+from tests.s3 import Server
 
 CPU = torch.device("cpu")
 
