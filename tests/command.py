@@ -28,9 +28,11 @@ class Command:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.log = (where / f"log-{time.monotonic_ns()}").open("w+")
-        ours = {"RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+        env = os.environ if env is None else env
+        path = ":".join(filter(None, [str(ROOT), env.get("PYTHONPATH", "")]))
+        ours = {"RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
         self.process = subprocess.Popen(
-            [*inside, sys.executable, *args], cwd=where, env={**(env or os.environ), **ours},
+            [*inside, sys.executable, *args], cwd=where, env={**env, **ours},
             stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 

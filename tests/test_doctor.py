@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,8 @@ import pytest
 
 from dogvae.dataset import Dataset
 from dogvae.doctor import Finding, _judge, _look, _read, _versions, show
-from tests.command import Command
 from tests.faults.bench import make_dataset
-from tests.faults.net import ENV, Net
 
-SCRIPT = str(Path(sys.executable).with_name("dogvae"))
 NODE = {"Resources": {"CPU": 4.0, "GPU": 1.0}}
 
 
@@ -87,21 +83,3 @@ def test_what_a_node_answers(tmp_path: Path) -> None:
     assert _read(str(tmp_path / "runs"), [found["probe"], "another"], 0) == 1
     (tmp_path / "file").write_text("no folder")
     assert str(tmp_path / "file") in _look(str(tmp_path / "file"), None, "token", 0)["storage"]
-
-
-@pytest.mark.slow
-def test_a_cluster_of_three_nodes(net: Net, tmp_path: Path) -> None:
-    """Each is looked at, all reach each other, nothing is left on the storage; a dataset that is not there is told."""
-    nodes = [net.head, net.add(), net.add()]
-    told = Command(
-        tmp_path, SCRIPT, "doctor", "--data", "nowhere", address=net.address, inside=net.head.inside, env=ENV
-    )
-    assert told.wait() == 1, told.text()
-    for node in nodes:
-        assert re.search(rf"✓ versions +{node.address} +as here", told.text())
-        assert re.search(rf"✗ dataset +{node.address} .*: put the dataset where every node sees it", told.text())
-        assert re.search(rf"✓ shared +{node.address} +sees what all nodes write", told.text())
-    assert re.search(r"✓ gloo +all +3 nodes reach each other", told.text())
-    assert list((tmp_path / "runs").iterdir()) == []
-    assert told.text().count("✗") == len(nodes)
-    assert "Traceback" not in told.text()

@@ -25,9 +25,11 @@ Start = Callable[..., Command]
 @pytest.fixture
 def start(tmp_path: Path, dataset: Path) -> Iterator[Start]:
     commands: list[Command] = []
+    strike = {"STRIKE": str(tmp_path / "strike"), "PYTHONPATH": str(Path(__file__).with_name("strike"))}
+    env = {**os.environ, **strike}
 
     def begin(*args: str) -> Command:
-        commands.append(Command(tmp_path, TRAIN, *args))
+        commands.append(Command(tmp_path, TRAIN, *args, env=env))
         return commands[-1]
 
     yield begin
@@ -47,7 +49,7 @@ def flags(config: Config) -> list[str]:
 def test_one_run_through_all_that_may_happen(
     start: Start, s3: Server, dataset: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """On S3: SIGKILL to one of two workers, to the driver, then Ctrl-C; finished on ranks without Ray.
+    """On S3: SIGKILL to one of two workers, one that raises, SIGKILL to the driver, then Ctrl-C; finished without Ray.
 
     It ends as the run that nothing befell: weights, optimiser, average, and a line for every epoch.
     """
@@ -64,6 +66,9 @@ def test_one_run_through_all_that_may_happen(
     ended = time.monotonic()
     print(f"noticed after {noticed - killed:.1f} s, the next epoch had ended after {ended - killed:.1f} s")
     assert ended - killed < 60  # 18 s on an idle machine
+    (tmp_path / "strike").touch()
+    command.wait_for(r"worker \d: MemoryError.*Going on from the last checkpoint")
+    command.wait_for(rf"epoch {len(records(run)) + 1}/")
     workers = command.workers()
     assert len(workers) == 2
     command.process.kill()
