@@ -17,7 +17,7 @@ from dogvae.config import Config
 from dogvae.storage import Storage
 from tests.command import TRAIN, Command
 from tests.faults.bench import EPOCHS, differing, final, job, records, train
-from tests.faults.conftest import Server
+from tests.s3 import Server
 
 Start = Callable[..., Command]
 
