@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from pyarrow.fs import FileSystem
+
+from tests.s3 import Server
 
 WriteDataset = Callable[..., Path]
 
@@ -67,3 +71,22 @@ def start_ranks(work: Callable[..., None], world_size: int, *args: Any) -> None:
         ["pytest", "torch.distributed", "torch._dynamo", "dogvae.train", "tensorboardX"]
     )
     mp.start_processes(work, args, nprocs=world_size, start_method="forkserver")
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Server]:
+    running = Server()
+    yield running
+    running.process.kill()
+    running.process.wait()
+
+
+@pytest.fixture
+def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A server with an empty bucket, and the keys to it."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3_server.bucket = f"dogs-{uuid.uuid4().hex}"
+    FileSystem.from_uri(s3_server.uri(""))[0].create_dir(s3_server.bucket)
+    return s3_server
