@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,11 @@ def cores() -> int:
 
 def versions(*names: str) -> dict[str, str]:
     """Of Python and of those packages that are installed."""
-    installed = {name: metadata.version(name) for name in names if find_spec(name) is not None}
-    return {"python": platform.python_version(), **installed}
+    found = {"python": platform.python_version()}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def peak_mb() -> float:
