@@ -25,7 +25,7 @@ from typing import Any
 
 import measure
 
-SIZE, BATCHES = 64, 100  # of the images; drawn when memory is looked at
+SIZE, BATCHES = 64, 20  # of the images; drawn when memory is looked at
 SHARD = 2**26 // (3 * SIZE * SIZE)  # images, as `dogvae prepare` writes them
 
 

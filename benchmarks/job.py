@@ -17,7 +17,7 @@ from dogvae.shards import Row, write_dataset
 def write_photos(folder: Path, train: int, val: int = 32, size: int = 64) -> Path:
     """A prepared dataset of drawn dogs, as `dogvae prepare` would write it; a hundred of them, again and again."""
     dogs = [np.asarray(draw(i, 0, size)).transpose(2, 0, 1) for i in range(min(100, train))]
-    digests = ((0 if i < val else 2**63).to_bytes(8, "big") + i.to_bytes(24, "big") for i in range(val + train))
+    digests = ((0 if i < val else 2**64 - 1).to_bytes(8, "big") + i.to_bytes(24, "big") for i in range(val + train))
     rows = (Row(f"{i}.png", None, digest, dogs[i % len(dogs)]) for i, digest in enumerate(digests))
     folder.mkdir(parents=True)
     source = {"kind": "drawn", "name": "drawn", "signature": ""}

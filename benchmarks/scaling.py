@@ -115,11 +115,11 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of workers and each kind of scaling."""
     names: dict[str, tuple[int, int]] = {}  # workers, global batch
     for n in args.workers:
-        names[f"strong {n}"] = (n, args.batch_size)
-        names[f"weak {n}"] = (n, args.batch_size * n)
-        if n > 1 and args.device == "cpu":  # n at once, of which each has its part of the batch
-            names |= {f"unconnected strong {n}.{i}": (1, args.batch_size // n) for i in range(n)}
-            names |= {f"unconnected weak {n}.{i}": (1, args.batch_size) for i in range(n)}
+        for kind in args.kinds:
+            batch = args.batch_size * (n if kind == "weak" else 1)
+            names[f"{kind} {n}"] = (n, batch)
+            if n > 1 and args.device == "cpu":  # n at once, of which each has its part of the batch
+                names |= {f"unconnected {kind} {n}.{i}": (1, batch // n) for i in range(n)}
     commands = {}
     for name, (n, batch) in names.items():
         command = measure.child(
@@ -141,7 +141,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
             rounds.append(answers)
     return [
         row(kind, n, args.batch_size * (n if kind == "weak" else 1), rounds[1:], args)
-        for kind in ("strong", "weak")
+        for kind in args.kinds
         for n in args.workers
     ]
 
@@ -193,6 +193,7 @@ def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
     parser.add_argument("--batch-size", type=int, default=16, help="of all workers (strong), of each (weak)")
+    parser.add_argument("--kinds", nargs="+", choices=("strong", "weak"), default=["strong", "weak"])
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3, help="of each kind in a round (default: 3)")
