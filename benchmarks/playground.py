@@ -1,6 +1,6 @@
 """The playground on one core: how long a slider takes to answer, what many people at once get, how soon it starts.
 
-    python benchmarks/playground.py [EXPORT] [--clients 50] [--seconds 60] [--json]
+    python benchmarks/playground.py [EXPORT] [--clients 50] [--seconds 60] [--json FILE]
 
 Without EXPORT: an untrained model of the default size, which computes as much as a trained one. The server is the real
 command, bound to one core; those who ask run on another one if there is one. One client drags a slider, a request after
@@ -11,12 +11,10 @@ dogs. Exits with 1 if a request was answered with an error, or not at all.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import io
 import json
 import os
-import platform
 import random
 import re
 import statistics
@@ -26,14 +24,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 
-SIZE, IMAGES = 64, 220  # of the untrained model
+import measure
+
+SIZE, TRAIN, VAL = 64, 200, 20  # of the untrained model
 SLIDER_S = 5.0
 MIX = {"move": 80, "sample": 10, "walk": 5, "photo": 5}  # of a hundred requests
 ANSWER_S = 120.0  # no answer within: an error
@@ -59,20 +58,12 @@ def untrained(folder: Path) -> Path:
     from dogvae.checkpoint import Checkpoints
     from dogvae.config import Config
     from dogvae.dataset import Dataset
-    from dogvae.drawn import draw
     from dogvae.export import export
     from dogvae.model import VAE
-    from dogvae.shards import Row, write_dataset
     from dogvae.storage import Storage
+    from job import write_photos
 
-    rows = []
-    for i in range(IMAGES):  # every eleventh for validation
-        digest = (0 if i % 11 == 0 else 2**63).to_bytes(8, "big") + i.to_bytes(24, "big")
-        rows.append(Row(f"{i}.png", None, digest, np.asarray(draw(i, 0, SIZE)).transpose(2, 0, 1)))
-    (folder / "dataset").mkdir()
-    source = {"kind": "drawn", "name": "drawn", "signature": ""}
-    write_dataset(folder / "dataset", rows, source, {"size": SIZE, "crop": "center", "val_fraction": 0.1})
-    data = Dataset(folder / "dataset")
+    data = Dataset(write_photos(folder / "dataset", TRAIN, VAL, SIZE))
     config = Config.make().for_data(str(data.path), data.fingerprint, SIZE, len(data.train))
     torch.manual_seed(0)
     model = VAE(config.model)
@@ -185,7 +176,7 @@ def starting(export: Path) -> tuple[float, float]:
     return statistics.median(first for first, _ in runs), statistics.median(many for _, many in runs)
 
 
-def measure(export: Path, clients: int, seconds: float) -> dict[str, Any]:
+def figures_of(export: Path, clients: int, seconds: float) -> dict[str, Any]:
     with playground(export) as address:
         slider, slider_errors, _ = asyncio.run(visit(address, 1, min(seconds, SLIDER_S), {"move": 1}))
         crowd, crowd_errors, took = asyncio.run(visit(address, clients, seconds, MIX))
@@ -193,9 +184,6 @@ def measure(export: Path, clients: int, seconds: float) -> dict[str, Any]:
     config = json.loads((export / "config.json").read_text())["model"]
     return {
         "model": {name: config[name] for name in ("image_size", "width", "latent_dim")},
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "numpy", "fastapi", "uvicorn", "httpx")},
         "slider": summary(slider["move"]),
         "clients": clients,
         "seconds": took,
@@ -207,38 +195,34 @@ def measure(export: Path, clients: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def table(figures: dict[str, Any]) -> str:
+def table(figures: dict[str, Any]) -> list[str]:
     def row(name: str, s: dict[str, float]) -> str:
         return f"{name:<14}{s['count']:8.0f}{s['median']:10.1f}{s['p95']:10.1f}{s['p99']:10.1f}"
 
     model = figures["model"]
     size = f"{model['image_size']} x {model['image_size']} pixels, width {model['width']}, latent {model['latent_dim']}"
-    return "\n".join(
-        [
-            f"{size}; server on 1 of {figures['cores']} cores, {platform.machine()}; "
-            + ", ".join(f"{name} {number}" for name, number in figures["versions"].items()),
-            f"{'':<14}{'answers':>8}{'median':>10}{'p95':>10}{'p99':>10}  ms",
-            row("1 client: move", figures["slider"]),
-            f"{figures['clients']} clients for {figures['seconds']:.1f} s: {figures['requests_per_s']:.1f} requests/s, "
-            f"{len(figures['errors'])} errors",
-            *(row(f"  {name}", waits) for name, waits in figures["crowd"].items()),
-            f"one thread, medians of {REPEATS} processes: load and first sample {figures['first_sample_s']:.2f} s "
-            f"beyond `import torch`; 64 samples {figures['64_samples_s']:.2f} s",
-            *(f"error: {error}" for error in figures["errors"][:10]),
-        ]
-    )
+    return [
+        f"{size}; server on 1 core",
+        f"{'':<14}{'answers':>8}{'median':>10}{'p95':>10}{'p99':>10}  ms",
+        row("1 client: move", figures["slider"]),
+        f"{figures['clients']} clients for {figures['seconds']:.1f} s: {figures['requests_per_s']:.1f} requests/s, "
+        f"{len(figures['errors'])} errors",
+        *(row(f"  {name}", waits) for name, waits in figures["crowd"].items()),
+        f"one thread, medians of {REPEATS} processes: load and first sample {figures['first_sample_s']:.2f} s "
+        f"beyond `import torch`; 64 samples {figures['64_samples_s']:.2f} s",
+        *(f"error: {error}" for error in figures["errors"][:10]),
+    ]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser(__doc__)
     parser.add_argument("export", nargs="?", type=Path, help="(default: an untrained model of the default size)")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(args.export or untrained(Path(folder)), args.clients, args.seconds)
-    print(json.dumps(figures, indent=2) if args.json else table(figures))
+        figures = figures_of(args.export or untrained(Path(folder)), args.clients, args.seconds)
+    measure.report(figures, table(figures), args, "fastapi", "uvicorn", "httpx")
     return 1 if figures["errors"] else 0
 
 

@@ -1,6 +1,6 @@
 """Images/s of `dogvae prepare` against a plain Pillow loop, in one run.
 
-    python benchmarks/prepare.py PHOTOS [--size 64] [--repeats 5]
+    python benchmarks/prepare.py PHOTOS [--size 64] [--repeats 5] [--json FILE]
 
 The loop does what every script does, in one process: open, convert to RGB, resize the short side, crop the centre.
 Ours is the whole preparation, files and checksums included, on all cores. Ray is started and its workers are warm
@@ -10,17 +10,17 @@ decoding JPEGs at a reduced scale costs: against the exact centre crop at full s
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+import measure
 
 LANCZOS = Image.Resampling.LANCZOS
 
@@ -50,7 +50,7 @@ def main() -> None:
     from dogvae.photos import Photo
     from dogvae.prepare import prepare
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser(__doc__)
     parser.add_argument("photos", type=Path, help="a folder of photos that can all be read")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
@@ -69,26 +69,31 @@ def main() -> None:
     started = time.perf_counter()
     ours()
     first_s = time.perf_counter() - started
-    plain_s: list[float] = []
-    ours_s: list[float] = []
+    rates: dict[str, list[float]] = {"plain": [], "ours": []}
     for _ in range(args.repeats):
-        for seconds, run in ((plain_s, lambda: plain(paths, args.size)), (ours_s, ours)):
+        for name, run in (("plain", lambda: plain(paths, args.size)), ("ours", ours)):
             started = time.perf_counter()
             run()
-            seconds.append(time.perf_counter() - started)
-    plain_rate, ours_rate = (len(paths) / statistics.median(seconds) for seconds in (plain_s, ours_s))
+            rates[name].append(len(paths) / (time.perf_counter() - started))
+    plain_rate, ours_rate = (measure.summary(rates[name]) for name in ("plain", "ours"))
+    ratio = measure.ratio(rates["ours"], rates["plain"])
 
     difference = []
     for path in paths:
         [(_, pixels)] = crops(Photo(path.name, path.read_bytes()), args.size)
         assert not isinstance(pixels, str), f"{path}: {pixels}"
         difference.append(np.abs(pixels.transpose(1, 2, 0).astype(int) - full_scale(path, args.size)).mean())
-    print(f"{len(paths)} photos to {args.size} x {args.size} on {os.cpu_count()} cores, medians of {args.repeats} runs")
-    print(f"plain Pillow loop  {plain_rate:7.0f} images/s ({', '.join(f'{s:.2f}' for s in plain_s)} s)")
-    print(f"dogvae prepare     {ours_rate:7.0f} images/s ({', '.join(f'{s:.2f}' for s in ours_s)} s)")
-    print(f"ratio              {ours_rate / plain_rate:7.2f}")
-    print(f"pixels differ from decoding at full scale by {np.mean(difference):.2f} of 255 on average")
-    print(f"not counted: {ray_s:.1f} s to start Ray, {first_s - len(paths) / ours_rate:.1f} s more in the first run")
+    apart, more_s = float(np.mean(difference)), first_s - len(paths) / ours_rate["median"]
+    lines = [
+        f"{len(paths)} photos to {args.size} x {args.size}, medians of {args.repeats} runs",
+        f"plain Pillow loop  {measure.shown(plain_rate, '.0f')} images/s",
+        f"dogvae prepare     {measure.shown(ours_rate, '.0f')} images/s",
+        f"ratio              {measure.shown(ratio, '.2f')}",
+        f"pixels differ from decoding at full scale by {apart:.2f} of 255 on average",
+        f"not counted: {ray_s:.1f} s to start Ray, {more_s:.1f} s more in the first run",
+    ]
+    figures = {"plain_images_per_s": plain_rate, "ours_images_per_s": ours_rate, "ratio": ratio, "pixels": apart}
+    measure.report({**figures, "ray_s": ray_s, "first_more_s": more_s}, lines, args, "pillow", "ray")
 
 
 if __name__ == "__main__":
