@@ -26,10 +26,9 @@ Start = Callable[..., Command]
 def start(tmp_path: Path, dataset: Path) -> Iterator[Start]:
     commands: list[Command] = []
     strike = {"STRIKE": str(tmp_path / "strike"), "PYTHONPATH": str(Path(__file__).with_name("strike"))}
-    env = {**os.environ, **strike}
 
     def begin(*args: str) -> Command:
-        commands.append(Command(tmp_path, TRAIN, *args, env=env))
+        commands.append(Command(tmp_path, TRAIN, *args, env={**os.environ, **strike}))
         return commands[-1]
 
     yield begin
