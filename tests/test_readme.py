@@ -17,6 +17,7 @@ from dogvae.drawn import draw
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = [line for line in COMMANDS if not line.startswith("ray ")]  # run in tests/cluster, on hosts
 SET_UP = r"python -m venv \.venv && \. \.venv/bin/activate && pip install -e \S+ && "
 
 
