@@ -137,14 +137,16 @@ def settle(device: torch.device) -> None:
 
 
 def peaks(device: torch.device, dtype: torch.dtype, repeats: int, side: int = 0) -> tuple[float, float]:
-    """TFLOP/s of a matrix product and GB/s of a copy: the best of some."""
+    """TFLOP/s of a matrix product and GB/s of a copy: the best of some, and of two sizes."""
     side = side or (8192 if device.type == "cuda" else 2048)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    product = min(timed(lambda: a @ b, device, repeats))
+    flops = 0.0
+    for n in (side, side // 2):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        flops = max(flops, 2 * n**3 / min(timed(lambda a=a, b=b: a @ b, device, repeats)))
     source = torch.zeros(side * side * 8, device=device)  # far beyond any cache
     target = torch.empty_like(source)
     copy = min(timed(lambda: target.copy_(source), device, repeats))
-    return 2 * side**3 / product / 1e12, 2 * source.nbytes / copy / 1e9
+    return flops / 1e12, 2 * source.nbytes / copy / 1e9
 
 
 def measured(config: Config, device: torch.device, repeats: int) -> list[float]:
