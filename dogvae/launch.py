@@ -14,6 +14,7 @@ from dogvae.cluster import Workers
 from dogvae.config import Config, Safety
 from dogvae.console import Progress, RunFailed, UsageError, clock, stop_signals
 from dogvae.hub import in_background, make_hub
+from dogvae.step import keep_freed_memory
 from dogvae.storage import Storage
 from dogvae.train import Observer, loop
 
@@ -87,6 +88,13 @@ def _worker(settings: dict[str, Any]) -> tuple[str, str]:
     return ("done" if done else "stopped"), ""
 
 
+def _prepare(network: dict[str, str], gpu: bool) -> None:
+    """Runs in each worker's process before its training thread is started."""
+    cluster.choose_interface(network)
+    if not gpu:
+        keep_freed_memory()
+
+
 def launch(config: Config, storage: Storage, workers: Workers, safety: Safety, verbose: bool) -> int | None:
     """Train to the last epoch and show progress.
 
@@ -135,7 +143,7 @@ def start(
 
     class Backend(TorchConfig().backend_cls):  # type: ignore[misc]
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(cluster.choose_interface, network)
+            worker_group.execute(_prepare, network, workers.gpu)
             super().on_start(worker_group, backend_config)
 
     network = cluster.network_settings()

@@ -187,8 +187,8 @@ def keep_freed_memory() -> None:
     """Have this process keep the memory that it frees.
 
     Every step allocates the same large tensors. glibc gives each back to the system when it is freed, which clears the
-    pages again for the next step: a quarter of the time at K = 10. Works for threads that are started afterwards, and for
-    the first one. Other C libraries have no such switch.
+    pages again for the next step: a quarter of the time at K = 10. Holds for the process's first thread, and for those
+    that are started afterwards. Other C libraries have no such switch.
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
