@@ -17,8 +17,10 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import distributions
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 BRIDGE, SUBNET = "dogvae-br", "10.78.0"
 LAPTOP = f"{SUBNET}.1"
 USER, HOME = "ubuntu", "/home/ubuntu"
@@ -75,7 +77,11 @@ def missing() -> str:
     """What this machine lacks for hosts; an empty string if nothing."""
     if os.geteuid():
         return "root"
-    lacking = [name for name in ("ip", "rsync", "unshare", "ssh", "sshd", "uv") if not _find(name)]
+    lacking = [name for name in ("ip", "rsync", "unshare", "ssh", "sshd", "uv", "curl") if not _find(name)]
+    # A host installs these without a network: they must be there.
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line[:60])
+    have = {d.name.lower().replace("_", "-"): d.version.partition("+")[0] for d in distributions()}
+    lacking += [f"{name}=={pin}" for name, pin in pins.items() if have.get(name, pin) != pin]
     return ", ".join(lacking)
 
 
