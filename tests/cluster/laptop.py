@@ -51,7 +51,9 @@ class Laptop:
         return self.type(RAY, command, *asked, str(self.yaml), *args, seconds=seconds)
 
     def open_dashboard(self) -> str:
-        """`ray dashboard`: the address of the tunnel's end here."""
+        """`ray dashboard`, once: the address of the tunnel's end here."""
+        if self._tunnel:
+            return f"http://127.0.0.1:{DASHBOARD}"
         log = (self.home / "dashboard.log").open("w")
         typed = [RAY, "dashboard", str(self.yaml), "--port", str(DASHBOARD)]
         self._tunnel = subprocess.Popen(

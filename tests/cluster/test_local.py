@@ -178,6 +178,14 @@ def test_stranger_on_the_network_is_refused(lab: Lab, strangers: list[subprocess
     assert {22, 6379} <= answering
 
 
+def test_mistake_over_there_is_told_here(lab: Lab) -> None:
+    """In a line and with its exit status, as if the command ran here."""
+    command = lab.start(TRAIN, "--address", lab.laptop.open_dashboard(), "--data", f"{SHARE}/nowhere", "--name", "x")
+    assert command.wait(90) == 2, command.text()
+    assert re.search(rf"^error: .*{SHARE}/nowhere", command.text(), re.M), command.text()
+    assert "Traceback" not in command.text()
+
+
 @pytest.fixture(scope="module")
 def training(lab: Lab) -> Command:
     """`--cpus 1:2` from the laptop, as a job, on two of three workers; the third has joined by hand."""
