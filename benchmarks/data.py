@@ -48,7 +48,8 @@ def sparse(folder: Path, images: int, shard: int = SHARD) -> Path:
         "train": {"count": images, "shards": train},
         "val": {"count": 1, "shards": [write("val-00000.npy", 1)]},
     }
-    about = {"format": "dogvae-dataset", "version": 1, "size": SIZE, "fingerprint": "", "settings": {}, "rejected": 0}
+    about = {"format": "dogvae-dataset", "version": 1, "size": SIZE, "settings": {}, "rejected": 0}
+    about["fingerprint"] = 64 * "0"
     (folder / "manifest.json").write_text(json.dumps({**about, "source": {}, "splits": splits}))
     return folder
 
