@@ -84,7 +84,7 @@ def test_patience_ends_with_what_is_left(dataset: Path, disk: Path) -> None:
 
 def test_too_small_a_disk_is_told_before_the_first_step(dataset: Path, disk: Path) -> None:
     with pytest.raises(UsageError, match=r"--runs: .* has \d+ MB free, the checkpoints need \d+ MB"):
-        loop(job(dataset, width=16), Storage(disk / "run"), CPU, StopAt())
+        loop(job(dataset, width=16), Storage(disk / "run"), CPU, StopAt(), Safety(patience_s=2))
 
 
 def test_storage_that_is_no_folder(dataset: Path, tmp_path: Path) -> None:
