@@ -190,13 +190,15 @@ def test_mistake_over_there_is_told_here(lab: Lab) -> None:
 def training(lab: Lab) -> Command:
     """`--cpus 1:2` from the laptop, as a job, on two of three workers; the third has joined by hand."""
     dashboard = lab.laptop.open_dashboard()
-    began = time.monotonic()
+    began, clock = time.monotonic(), time.time()
     command = lab.start(
         TRAIN, "--address", dashboard, "--data", f"{SHARE}/dogs", "--name", "run", "--epochs", "3000", "--width", "4",
         "--latent-dim", "4", "--batch-size", "8", "--cpus", "1:2", "--checkpoint-every", "5s",
     )  # fmt: skip
     command.wait_until(lambda: lab.lines("run"), 120)
     lab.seconds["command to first epoch"] = time.monotonic() - began
+    (events,) = (lab.runs / "run").glob("events.out.tfevents.*")  # made before the first step, and called by its time
+    lab.seconds["command to first step"] = int(events.name.split(".")[3]) - clock
     assert lab.lines("run")[0]["world_size"] == 2
     lab.join("w3")
     wait_until(lambda: len(lab.nodes()) == 4, 60)
@@ -227,6 +229,7 @@ def test_host_that_loses_power(lab: Lab, training: Command) -> None:
     saved = newest_step(lab)
     lab.hosts["w1"].power_off()
     again(lab, training, 2, "power lost to training again", saved)
+    print(json.dumps({what: round(s, 1) for what, s in lab.seconds.items()}))
 
 
 def test_host_that_is_announced_to_go_and_whose_cable_is_cut(lab: Lab, training: Command) -> None:
