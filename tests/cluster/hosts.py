@@ -14,13 +14,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import distributions
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+from tests.command import ROOT
+
 BRIDGE, SUBNET = "dogvae-br", "10.78.0"
 LAPTOP = f"{SUBNET}.1"
 USER, HOME = "ubuntu", "/home/ubuntu"
@@ -83,6 +87,15 @@ def missing() -> str:
     have = {d.name.lower().replace("_", "-"): d.version.partition("+")[0] for d in distributions()}
     lacking += [f"{name}=={pin}" for name, pin in pins.items() if have.get(name, pin) != pin]
     return ", ".join(lacking)
+
+
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """A folder for `Hosts`; skips the test where there can be none."""
+    if lacking := missing():
+        pytest.skip(f"hosts need {lacking}")
+    with tempfile.TemporaryDirectory(prefix="dogvae-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def _find(name: str) -> str | None:

@@ -11,10 +11,10 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import pytest
 from dogvae import metrics
 from dogvae.storage import Storage
 from tests.cluster.account import REGION, ROOT, filled_in, make_stack
-from tests.cluster.hosts import LAPTOP, Hosts, missing
+from tests.cluster.hosts import LAPTOP, Hosts, workplace
 from tests.cluster.laptop import RAY, Laptop
 from tests.command import wait_until
 
@@ -94,14 +94,8 @@ class Cloud:
 
 @pytest.fixture
 def cloud() -> Iterator[Cloud]:
-    if lacking := missing():
-        pytest.skip(f"hosts need {lacking}")
-    with tempfile.TemporaryDirectory(prefix="dogvae-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
-        made = Cloud(Path(folder))
-        try:
-            yield made
-        finally:
-            made.close()
+    with workplace() as folder, closing(Cloud(folder)) as made:
+        yield made
 
 
 def test_training_on_machines_that_are_started_for_it(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:

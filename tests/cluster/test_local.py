@@ -9,15 +9,15 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster.hosts import SHARE, USER, Hosts, missing
+from tests.cluster.hosts import SHARE, USER, Hosts, workplace
 from tests.cluster.laptop import RAY, Laptop
 from tests.command import ROOT, TRAIN, Command, wait_until
 from tests.faults.bench import make_dataset
@@ -87,16 +87,10 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    if lacking := missing():
-        pytest.skip(f"hosts need {lacking}")
-    with tempfile.TemporaryDirectory(prefix="dogvae-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
-        made = Lab(Path(folder))
-        try:
-            make_dataset(made.hosts.share / "dogs")
-            made.up()
-            yield made
-        finally:
-            made.close()
+    with workplace() as folder, closing(Lab(folder)) as made:
+        make_dataset(made.hosts.share / "dogs")
+        made.up()
+        yield made
 
 
 def test_doctor_finds_nothing_wrong(lab: Lab) -> None:
