@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -398,23 +395,3 @@ def test_baselines(write_dataset: Writer) -> None:
     entropy = -(x * np.log(inside) + (1 - x) * np.log(1 - inside))
     assert floor == pytest.approx(entropy.sum() / 9, rel=1e-9)
     assert mean == pytest.approx(-(x * np.log(p) + (1 - x) * np.log(1 - p)).sum() / 9, rel=1e-9)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's switches")
-def test_freed_memory_is_kept() -> None:
-    """A tensor as large as the last, which was freed, costs no new pages, in the first thread and in later ones."""
-    code = (
-        "import resource, sys, threading, torch\n"
-        "from dogvae.step import keep_freed_memory\n"
-        "keep_freed_memory()\n"
-        "def faults():\n"
-        "    torch.zeros(16 << 20).add_(1)\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    for _ in range(10): torch.zeros(16 << 20).add_(1)\n"
-        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
-        "faults()\n"
-        "thread = threading.Thread(target=faults); thread.start(); thread.join()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    pages = 4 * (16 << 20) // resource.getpagesize()
-    assert [int(n) < pages for n in done.stdout.split()] == [True, True], done.stdout
