@@ -103,6 +103,18 @@ class Config(_Checked):
     precision: str = setting(
         "auto", "training", "bf16 autocast on GPUs that have it, or fp32", choices=("auto", "bf16", "fp32")
     )
+    compile: str = setting(
+        "auto",
+        "training",
+        "torch.compile the network; auto does where that was measured to pay, which is nowhere yet",
+        choices=("auto", "on", "off"),
+    )
+    gradient_compression: str = setting(
+        "none",
+        "training",
+        "type in which workers exchange gradients: their own, or half of it",
+        choices=("none", "bf16"),
+    )
     seed: int = setting(0, "training", "everything random is drawn from it", low=0, high=2**32 - 1)
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import copy
 import ctypes
 import math
+import os
+import shutil
+import socket
 from contextlib import suppress
 from typing import Any
 
@@ -20,9 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from dogvae import loss
 from dogvae.augment import augment, draws
 from dogvae.config import Config
+from dogvae.console import UsageError
 from dogvae.dataset import random_words, rank_slice
 from dogvae.model import VAE
+from dogvae.norm import SyncBatchNorm
 
+BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 NOISE = 2  # what a draw is for, so that no two purposes share their random numbers (1: augmentation, 3: validation)
 
@@ -40,14 +46,31 @@ class Trainer:
         else:
             keep_freed_memory()
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
+        if config.compile == "on":
+            for module in self.model.modules():
+                if isinstance(module, SyncBatchNorm) and self.world_size > 1:
+                    # Left to itself the compiler moves the sums over ranks, differently for a rank without images.
+                    module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+            self.model.compile()
         self.net: Any = self.model
         if self.world_size > 1:
-            # Otherwise DDP arranges its buckets anew after the first step: the gradients of three and more ranks would
-            # be added up in another order in a process that has just started than in one that has not.
             devices = [device] if device.type == "cuda" else None
-            self.net = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=True)
+            self.net = DistributedDataParallel(
+                self.model,
+                device_ids=devices,
+                gradient_as_bucket_view=True,
+                # Otherwise DDP arranges its buckets anew after the first step: the gradients of three and more ranks
+                # would be added up in another order in a process that has just started than in one that has not.
+                find_unused_parameters=True,
+            )
+            if config.gradient_compression == "bf16":
+                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+                self.net.register_comm_hook(None, bf16_compress_hook)
         self.parameters = dict(self.model.named_parameters())
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=config.lr, fused=True)
+        self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.updates = torch.zeros((), device=device)  # that Adam has made
         self.bf16 = config.precision == "bf16" or (
             config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
@@ -77,7 +100,7 @@ class Trainer:
         kl = loss.kl(mu, logvar)
         beta = beta_at(config, epoch + step / steps)
         objective = self._objective(reconstruction.sum(), kl.sum(), beta, n)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         # DDP averages over ranks: times their number, the slices' sums add up to the mean over the global batch.
         (objective * self.world_size).backward()
         skipped, norm = self._update(lr_at(config, epoch + step / steps), epoch * steps + step, before)
@@ -104,23 +127,44 @@ class Trainer:
         if self.config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
         skipped = (~torch.isfinite(norm)).float()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # The fused Adam leaves weights and moments alone where `found_inf` is 1, without asking the device first.
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        self.optimizer.step()
+        self._adam(gradients, lr, skipped)
         for buffer, old in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(torch.where(skipped > 0, old, buffer))
         if self.ema is not None:
             # Early on the average is short, or it would remember the random weights it started from.
             decay = min(self.config.ema, (1 + number) / (10 + number))
-            averaged: list[Tensor] = list(self.ema.parameters())
-            steps = torch._foreach_sub([p.detach() for p in self.parameters.values()], averaged)
-            torch._foreach_mul_(steps, (1 - skipped) * (1 - decay))
-            torch._foreach_add_(averaged, steps)
+            share = (1 - skipped) * (1 - decay)
+            for average, p in zip(self.ema.parameters(), self.parameters.values(), strict=True):
+                average.lerp_(p.detach(), share)
             for mean, value in zip(self.ema.buffers(), self.model.buffers(), strict=True):
                 mean.copy_(value)
         return skipped, norm
+
+    def _adam(self, gradients: list[Tensor], lr: float, skipped: Tensor) -> None:
+        """A step of Adam (Kingma & Ba 2015). Where `skipped` is 1 weights and moments are left alone, without asking
+        the device first.
+
+        The kernel of torch.optim.Adam(fused=True), without that class: its first use imports torch's compiler, which
+        every start of a worker would wait for, some seconds.
+        """
+        self.updates += 1
+        torch._fused_adam_(
+            [p.detach() for p in self.parameters.values()],
+            gradients,
+            list(self.exp_avg.values()),
+            list(self.exp_avg_sq.values()),
+            [],
+            [self.updates] * len(gradients),
+            lr=lr,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=0.0,
+            eps=EPS,
+            amsgrad=False,
+            maximize=False,
+            found_inf=skipped,
+        )
+        self.updates -= skipped
 
     @property
     def nbytes(self) -> int:
@@ -137,9 +181,9 @@ class Trainer:
         tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
         if self.ema is not None:
             tensors |= {f"ema/{name}": t for name, t in self.ema.state_dict().items()}
-        for name, p in self.parameters.items():
-            tensors |= {f"adam/{key}/{name}": t for key, t in self.optimizer.state.get(p, {}).items()}
-        return tensors | {"streak": self.streak}
+        tensors |= {f"adam/exp_avg/{name}": t for name, t in self.exp_avg.items()}
+        tensors |= {f"adam/exp_avg_sq/{name}": t for name, t in self.exp_avg_sq.items()}
+        return tensors | {"adam/updates": self.updates, "streak": self.streak}
 
     def global_sums(self) -> Tensor:
         """`sums` over all ranks; every rank must call it."""
@@ -153,14 +197,25 @@ class Trainer:
         self.model.load_state_dict(part(tensors, "model"))
         if self.ema is not None:
             self.ema.load_state_dict(part(tensors, "ema"))
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            for name, tensor in part(tensors, f"adam/{key}").items():
-                self.optimizer.state[self.parameters[name]][key] = tensor.to(self.device, copy=True)
+        for key, moments in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            saved = part(tensors, f"adam/{key}")
+            for name, moment in moments.items():
+                moment.copy_(saved[name])
+        self.updates.copy_(tensors["adam/updates"])
         self.streak = tensors["streak"].to(self.device, copy=True)
         if "sums" in tensors:
             self.sums.copy_(tensors["sums"])
             if self.rank > 0:
                 self.sums[:4] = 0  # rank 0 carries them for all
+
+
+def check_compiler(config: Config) -> None:
+    """UsageError if the network is to be compiled and this node cannot."""
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile == "on" and not shutil.which(compiler):
+        raise UsageError(
+            f"--compile on: {socket.gethostname()} has no C++ compiler {compiler}: install one, or leave it out"
+        )
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

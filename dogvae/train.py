@@ -26,7 +26,7 @@ from dogvae.config import Config, Safety
 from dogvae.console import RunFailed, UsageError
 from dogvae.dataset import Batches, Dataset, epoch_order, rank_slice
 from dogvae.evaluate import baselines, evaluate
-from dogvae.step import Trainer, beta_at, lr_at
+from dogvae.step import Trainer, beta_at, check_compiler, lr_at
 from dogvae.storage import Storage
 
 PICTURES = 10  # how often over a run pictures go to TensorBoard
@@ -83,6 +83,7 @@ class _Run:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.dataset = self._open_data()
         self.steps = -(-len(self.dataset.train) // config.batch_size)  # of an epoch
+        _together(lambda: check_compiler(config))
         self.trainer = Trainer(config, device)
         _check_storage(storage, self.rank, self.world_size, 4 * self.trainer.nbytes)
         self.checkpoints = Checkpoints(storage, observer.note, safety.patience_s)

@@ -42,6 +42,8 @@ TABLE: dict[str, tuple[type, list[Any], list[Any]]] = {
     "augment": (bool, [True, False], []),
     "loss_scale": (str, ["image", "notebook"], ["pixel"]),
     "precision": (str, ["auto", "bf16", "fp32"], ["fp16"]),
+    "compile": (str, ["auto", "on", "off"], ["yes", ""]),
+    "gradient_compression": (str, ["none", "bf16"], ["fp16", "auto"]),
     "seed": (int, [0, 2**32 - 1], [-1, 2**32]),
 }
 WRONG_TYPES: dict[type, list[Any]] = {
@@ -151,6 +153,8 @@ VALID = {
     "augment": st.booleans(),
     "loss_scale": st.sampled_from(["image", "notebook"]),
     "precision": st.sampled_from(["auto", "bf16", "fp32"]),
+    "compile": st.sampled_from(["auto", "on", "off"]),
+    "gradient_compression": st.sampled_from(["none", "bf16"]),
     "seed": st.integers(0, 2**32 - 1),
 }
 

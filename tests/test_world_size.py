@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dogvae.config import Config
+from dogvae.console import UsageError
 from dogvae.dataset import Dataset, epoch_order
 from dogvae.drawn import draw
 from dogvae.evaluate import evaluate
@@ -56,6 +58,9 @@ def _train(rank: int, world_size: int, config: Config, out: str) -> None:
     finally:
         Trainer.step = step  # type: ignore[method-assign]
     Path(f"{out}.seen{rank}").write_text(json.dumps(seen))
+    if "torch._dynamo" in sys.modules:
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        Path(f"{out}.graphs{rank}").write_text(str(graphs))
     if world_size > 1:
         dist.destroy_process_group()
 
@@ -119,3 +124,49 @@ def test_validation_is_the_same_number_on_1_2_and_4_workers(
         start_ranks(_evaluate, world_size, world_size, str(dataset), out)
         for rank in range(world_size):
             assert json.loads(Path(f"{out}.{rank}").read_text()) == alone
+
+
+def _step(rank: int, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/init", rank=rank, world_size=2)
+    images = torch.arange(4 * 3 * SIZE**2).view(4, 3, SIZE, SIZE).remainder(251).to(torch.uint8)
+    gradients = []
+    for compression in ("none", "bf16"):
+        config = Config.make(width=4, latent_dim=4, image_size=SIZE, batch_size=4, gradient_compression=compression)
+        trainer = Trainer(config, torch.device("cpu"))
+        trainer.step(images[2 * rank : 2 * rank + 2], 4, epoch=0, step=0, steps=5)
+        gradients.append([p.grad for p in trainer.parameters.values()])
+    torch.save(gradients, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_gradients_are_exchanged_in_half_their_size(tmp_path: Path) -> None:
+    start_ranks(_step, 2, str(tmp_path))
+    (full, half), (_, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for exact, rounded, other in zip(full, half, others, strict=True):
+        assert torch.equal(rounded, rounded.bfloat16().float())
+        assert torch.equal(rounded, other)
+        assert (rounded - exact).norm() <= 2**-7 * exact.norm()  # a bfloat16 has 8 bits
+    assert not all(torch.equal(exact, exact.bfloat16().float()) for exact in full)
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same(dataset: Path, tmp_path: Path) -> None:
+    """On two workers, with batches that are short and slices that are empty."""
+    config = Config.make(width=4, latent_dim=4, epochs=2, samples=2, batch_size=BATCH)
+    config = config.for_data(str(dataset), Dataset(dataset).fingerprint, SIZE, TRAIN)
+    plain, _ = train(2, config, tmp_path / "plain")
+    compiled, _ = train(2, config.replace(compile="on"), tmp_path / "compiled")
+    assert (tmp_path / "plain.graphs0").read_text() == "0"
+    assert int((tmp_path / "compiled.graphs0").read_text()) > 5
+    for ours, theirs in zip(compiled, plain, strict=True):
+        for name in ("val_loss", "val_reconstruction", "train_loss", "val_psnr"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+
+
+def test_compiling_without_a_compiler(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = Config.make(width=4, compile="on").for_data(str(dataset), Dataset(dataset).fingerprint, SIZE, TRAIN)
+    with pytest.raises(UsageError, match=r"--compile on: .* has no C\+\+ compiler no-such-compiler"):
+        loop(config, Storage(tmp_path / "run"), torch.device("cpu"), Observer())
+    assert not (tmp_path / "run").exists()
