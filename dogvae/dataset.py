@@ -1,4 +1,7 @@
-"""A prepared dataset: opening it, the order of its images, and uint8 batches on the device."""
+"""A prepared dataset: opening it, the order of its images, and uint8 batches on the device.
+
+torch is imported where it is used: the command opens a dataset too, and would take seconds to import it.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,18 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dogvae.console import UsageError
 from dogvae.fetch import local_copy
 from dogvae.shards import read_manifest, shards_of
 from dogvae.storage import is_uri
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 RESIDENT_SHARE = 0.25  # of the device's free memory: what a dataset may fill before it is streamed instead
 
@@ -69,6 +74,8 @@ class Split:
 
     def gather(self, indices: np.ndarray) -> Tensor:
         """Images (b, 3, h, h) uint8 on the CPU, in the order of `indices` (b,)."""
+        import torch
+
         if len(self._shards) == 1:
             return torch.from_numpy(self._shards[0][indices])
         which = np.searchsorted(self._starts, indices, side="right") - 1
@@ -146,6 +153,8 @@ class Batches:
     """
 
     def __init__(self, split: Split, device: torch.device) -> None:
+        import torch
+
         self._split = split
         self._device = device
         self._resident: Tensor | None = None
@@ -154,6 +163,8 @@ class Batches:
 
     def __call__(self, batches: Iterable[np.ndarray]) -> Iterator[Tensor]:
         """One batch for each array of indices."""
+        import torch
+
         if self._resident is not None:
             for indices in batches:
                 yield self._resident[torch.from_numpy(indices).to(self._device, non_blocking=True)]
@@ -175,6 +186,8 @@ class Batches:
 
 def moments(split: Split, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """Mean image and mean squared image (3, h, h), float64 of values in [0, 1]; sums of integers, so exact."""
+    import torch
+
     sums = torch.zeros(2, 3, *split.image_shape[1:], dtype=torch.int64)
     for images in split.chunks(chunk):
         x = images.int()

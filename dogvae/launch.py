@@ -1,26 +1,25 @@
-"""The only file that talks to Ray Train: the trainer, its progress on the console, stopping it, and its failures."""
+"""Ray Train's trainer, its progress on the console, stopping it, and its failures.
+
+Without torch: neither the command nor Ray Train's controller needs it, and each would take seconds to import it while
+the workers do. What the workers run is worker.py.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
-
-import torch
 
 from dogvae import cluster
 from dogvae.cluster import Workers
 from dogvae.config import Config, Safety
 from dogvae.console import Progress, RunFailed, UsageError, clock, stop_signals
 from dogvae.hub import in_background, make_hub
-from dogvae.step import keep_freed_memory
 from dogvae.storage import Storage
-from dogvae.train import Observer, loop
 
-PROGRESS_INTERVAL_S = 0.3
-STOP_INTERVAL_S = 0.5
-GROUP_TIMEOUT_S = 300  # a worker that answers no more for so long is lost; a death is noticed at once
+LEAVE_TIMEOUT_S = 30  # for the workers' group to be dissolved
 NODES_INTERVAL_S = 5.0  # without a word from the workers, until it is looked whether they have nodes
 RESIZE_INTERVAL_S = 10.0  # how often an elastic run looks for more workers
 # How soon Ray Train notices. Its defaults are for jobs of hours: 2 s for a death, 5 s for a node that will go.
@@ -33,66 +32,22 @@ TRAIN_SETTINGS = {
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
-class _RayObserver(Observer):
-    """Talks to the hub, without ever waiting for it."""
+def _work(settings: dict[str, Any]) -> tuple[str, str]:
+    from dogvae.worker import work
 
-    def __init__(self, hub: Any, rank: int, wants_saved: bool) -> None:
-        self._hub, self._rank, self.wants_saved = hub, rank, wants_saved
-        self._told = self._asked = 0.0
-        self._answer: Any = None
-        self._stopping = False
-
-    def progress(self, epoch: int, step: int, steps: int) -> None:
-        now = time.monotonic()
-        if now - self._told >= PROGRESS_INTERVAL_S:
-            self._told = now
-            self._hub.tell.remote("progress", epoch, step, steps)
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        if self._rank == 0:
-            self._hub.tell.remote("epoch", record)
-
-    def note(self, line: str) -> None:
-        self._hub.tell.remote("note", line)
-
-    def stopping(self) -> bool:
-        import ray
-
-        now = time.monotonic()
-        if self._rank == 0 and self._answer is None and now - self._asked >= STOP_INTERVAL_S:
-            self._asked, self._answer = now, self._hub.stopping.remote()
-        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-            self._stopping, self._answer = ray.get(self._answer), None
-        return self._stopping
-
-    def preempted(self) -> bool:
-        import ray.train
-
-        return ray.train.get_preemption_info() is not None
+    return work(settings)
 
 
-def _worker(settings: dict[str, Any]) -> tuple[str, str]:
-    """What every Ray Train worker runs. Returns how it ended: an error that is returned, not raised, is not retried."""
-    import ray.train
-    import ray.train.torch
+def _join(*args: Any) -> None:
+    from dogvae.worker import join
 
-    torch.set_num_threads(settings["threads"])
-    observer = _RayObserver(settings["hub"], ray.train.get_context().get_world_rank(), settings["wants_saved"])
-    device = ray.train.torch.get_device()
-    try:
-        done = loop(settings["config"], Storage(settings["run"]), device, observer, settings["safety"])
-    except UsageError as error:
-        return "mistake", str(error)
-    except RunFailed as error:
-        return "failed", str(error)
-    return ("done" if done else "stopped"), ""
+    join(*args)
 
 
-def _prepare(network: dict[str, str], gpu: bool) -> None:
-    """Runs in each worker's process before its training thread is started."""
-    cluster.choose_interface(network)
-    if not gpu:
-        keep_freed_memory()
+def _leave() -> None:
+    from dogvae.worker import leave
+
+    leave()
 
 
 def launch(config: Config, storage: Storage, workers: Workers, safety: Safety, verbose: bool) -> int | None:
@@ -123,50 +78,80 @@ def start(
     hub: Any,
     wants_saved: bool = False,
 ) -> Future[tuple[str, str]]:
-    """Begin training in the background. `hub` is told what happens; the result is how it ended: see `_worker`.
+    """Begin training in the background. `hub` is told what happens; the result is how it ended: see `worker.work`.
 
     With `wants_saved` an epoch is on the storage before it is told.
     """
+    import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train._internal.utils import get_address_and_port
+    from ray.train.backend import Backend, BackendConfig
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault(START_TIMEOUT, "10" if isinstance(workers.count, tuple) else "30")
-    if cluster.is_one_machine():
-        # No node will go and leave others behind: one process less to start, before training and after each failure.
+    # Processes that every start and every recovery would wait for, some seconds each. We have no Ray datasets.
+    spared = ["DatasetsCallback"]
+    alone = cluster.is_one_machine()
+    if alone:
+        # No node will go and leave others behind, none can be asked for (that is what `Fixed` spares), and when we end
+        # so does Ray, with all that was reserved.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        spared.append("PlacementGroupCleanerCallback")
 
     class Failures(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             hub.tell.remote("failure", {rank: _first_line(e) for rank, e in worker_exceptions.items()})
 
-    class Backend(TorchConfig().backend_cls):  # type: ignore[misc]
+    # As ray.train.torch's TorchTrainer, TorchConfig and backend are, but for the import of torch.
+    class Group(Backend):
+        share_cuda_visible_devices = True
+
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(_prepare, network, workers.gpu)
-            super().on_start(worker_group, backend_config)
+            host, port = worker_group.execute_single(0, get_address_and_port)
+            address, count = f"[{host}]:{port}" if ":" in host else f"{host}:{port}", len(worker_group)
+            joining = [
+                worker_group.execute_single_async(rank, _join, network, workers.gpu, address, rank, count)
+                for rank in range(count)
+            ]
+            ray.get(joining)
+
+        def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+            with suppress(ray.exceptions.GetTimeoutError):
+                ray.get(worker_group.execute_async(_leave), timeout=LEAVE_TIMEOUT_S)
 
     network = cluster.network_settings()
 
-    class Torch(TorchConfig):
-        backend_cls = Backend
+    class Torch(BackendConfig):
+        backend_cls = Group
 
-    class Trainer(TorchTrainer):
+    class Fixed(FixedScalingPolicy):
+        def after_controller_start(self, train_run_context: Any) -> None: ...
+
+        def _maybe_send_resource_request(self) -> None: ...
+
+    class Trainer(DataParallelTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            # We have no Ray datasets. Their manager is one more process that every start and every recovery waits for.
-            callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-            return [c for c in callbacks if type(c).__name__ != "DatasetsCallback"]
+            callbacks: list[Any] = super()._create_default_callbacks()
+            return [c for c in callbacks if type(c).__name__ not in spared]
+
+        def _initialize_and_run_controller(self, **given: Any) -> Any:
+            if alone and isinstance(given["scaling_policy"], FixedScalingPolicy):
+                given["scaling_policy"] = Fixed(self.scaling_config)  # type: ignore[arg-type]
+            return super()._initialize_and_run_controller(**given)
 
     place, mark, options = storage.uri.partition("?")  # options of an object store, as pyarrow takes them
     head, _, name = place.rpartition("/")
     # At run time these are Train V2's classes, which keep what the workers return; type checkers see V1's.
     trainer = Trainer(
-        _worker,  # type: ignore[arg-type]
+        _work,
         train_loop_config={
             "config": config, "run": storage.uri, "hub": hub, "threads": workers.cpus, "safety": safety,
             "wants_saved": wants_saved,
         },
-        torch_config=Torch(timeout_s=GROUP_TIMEOUT_S),
+        backend_config=Torch(),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=workers.count,  # type: ignore[arg-type]
             use_gpu=workers.gpu,
