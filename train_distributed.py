@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from threading import Thread
 
-from dogvae import cluster, flags, jobs, runs
+from dogvae import cluster, flags, jobs, metrics, runs
 from dogvae.config import Config
 from dogvae.console import say
 from dogvae.storage import Storage
@@ -69,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
     runs.save_config(storage, config)
     say(f"{storage.uri}: {config.epochs} epochs on {workers}")
     if signum := launch(config, storage, workers, safety, args.verbose):
-        where = shlex.quote(args.runs)
-        say(f"stopped; to go on: python train_distributed.py --runs {where} --name {name} --resume")
+        where = f"{flags.sent()} --runs {shlex.quote(args.runs)}"
+        say(f"stopped; to go on: python train_distributed.py{where} --name {name} --resume")
         return 128 + signum
     finish(storage, config, args.runs)
     return 0
@@ -81,7 +81,10 @@ def finish(storage: Storage, config: Config, logdir: str) -> None:
     from dogvae.export import export
 
     folder = export(storage, config).uri
+    records = [record for record in metrics.read(storage) if record["val_loss"] is not None]
+    best = min(records, key=lambda record: record["val_loss"])
     say(f"""
+the best    epoch {best["epoch"] + 1}: {metrics.describe(best)}
 the run     {storage.uri}
 the model   {folder}
 next        tensorboard --logdir {shlex.quote(logdir)}

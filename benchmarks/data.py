@@ -109,8 +109,8 @@ def our_memory(args: argparse.Namespace) -> None:
     before, top = own_mb(), measure.peak_mb()
     train = Dataset(args.data).train
     order = epoch_order(len(train), 0, 0)
-    batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    mine = [batch[rank_slice(len(batch), 0, 1)] for batch in batches]
+    batches = (order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size))
+    mine = (batch[rank_slice(len(batch), 0, 1)] for batch in batches)
     peak = measure.peak_mb()
     for _ in zip(range(BATCHES), Batches(train, torch.device("cpu"))(mine), strict=False):
         pass

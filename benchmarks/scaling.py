@@ -71,7 +71,7 @@ def contend(args: argparse.Namespace) -> None:
     if world_size > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     n = args.batch_size
-    trainer = Trainer(Config.make(batch_size=n, samples=args.samples, width=args.width), device)
+    trainer = Trainer(Config.make(batch_size=n, samples=args.samples, width=args.width, norm=args.norm), device)
     mine = rank_slice(n, rank, world_size)
     images = torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8)[mine].to(device)
     gradients, number = torch.zeros(trainer.nbytes // 4, device=device), torch.zeros(1, device=device)
@@ -124,7 +124,8 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, (n, batch) in names.items():
         command = measure.child(
             __file__, "--contender", "--threads", args.threads, "--batch-size", batch, "--samples", args.samples,
-            "--width", args.width, "--device", args.device, "--repeats", args.repeats, "--steps", args.steps,
+            "--width", args.width, "--norm", args.norm, "--device", args.device,
+            "--repeats", args.repeats, "--steps", args.steps,
         )  # fmt: skip
         commands[name] = (measure.ranks(n, command) if n > 1 else command, args.threads)
     rounds: list[dict[str, Any]] = []
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=("strong", "weak"), default=["strong", "weak"])
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--norm", choices=("batch", "group"), default="batch", help="of batch norm all workers wait")
     parser.add_argument("--steps", type=int, default=3, help="of each kind in a round (default: 3)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="of each worker (default: 1)")
@@ -212,12 +214,13 @@ def main() -> None:
     from dogvae.config import Config
     from dogvae.model import VAE
 
-    config = Config.make(width=args.width)
+    config = Config.make(width=args.width, norm=args.norm)
     args.gradient_bytes = 4 * sum(p.numel() for p in VAE(config.model).parameters())
     args.waits = norm_waits(config)
     rows, predicted = compare(args), paper(args)
     lines = [
-        f"width {args.width}, K = {args.samples}, {args.threads} thread{'s' * (args.threads > 1)} a worker, "
+        f"width {args.width}, {args.norm} norm, K = {args.samples}, "
+        f"{args.threads} thread{'s' * (args.threads > 1)} a worker, "
         f"{args.gradient_bytes / 1e6:.1f} MB of gradients, {args.repeats} rounds of {args.steps} steps",
         f"{'':<10}{'batch':>6}{'images/s':>22}{'efficiency':>20}{'of unconnected':>20}{'exchange':>22}{'bare sum':>10}",
     ]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from dogvae.console import Progress, RunFailed, UsageError, clock
 
@@ -136,45 +137,59 @@ class Workers:
 
 
 @cache
-def _autoscaler_limits() -> dict[str, int] | None:
-    """The most that an autoscaler may bring the cluster to; None without one."""
+def _config() -> dict[str, Any] | None:
+    """The file of `ray up` that the cluster's head was started with; None without one."""
     import ray
 
     address = ray.get_runtime_context().gcs_address
     head = next(node for node in ray.nodes() if HEAD in node["Resources"])
     if head["NodeID"] == ray.get_runtime_context().get_node_id():
-        return _limits_here(address)
+        return _config_here(address)
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
-    ask = ray.remote(num_cpus=0)(_limits_here).options(scheduling_strategy=there)
-    limits: dict[str, int] | None = ray.get(ask.remote(address))
-    return limits
+    ask = ray.remote(num_cpus=0)(_config_here).options(scheduling_strategy=there)
+    config: dict[str, Any] | None = ray.get(ask.remote(address))
+    return config
 
 
-def _limits_here(address: str) -> dict[str, int] | None:
-    """`_autoscaler_limits`, on the head: of the file that the autoscaler was started with. Ray has no other way."""
+def _config_here(address: str) -> dict[str, Any] | None:
+    """`_config`, on the head: what its autoscaler reads. Ray has no other way."""
     import psutil
     import yaml
 
     for process in psutil.process_iter(["cmdline"]):
         typed = dict(arg.split("=", 1) for arg in process.info["cmdline"] or [] if "=" in arg)
         if typed.get("--gcs-address") == address and "--autoscaling-config" in typed:
-            config = yaml.safe_load(Path(typed["--autoscaling-config"]).expanduser().read_text())
-            limits: dict[str, int] = {}
-            for name, kind in config["available_node_types"].items():
-                nodes = min(kind.get("max_workers", 0), config["max_workers"]) + (name == config["head_node_type"])
-                for resource in ("CPU", "GPU"):
-                    limits[resource] = limits.get(resource, 0) + nodes * int(kind["resources"].get(resource, 0))
-            return limits if any(limits.values()) else None  # machines of one's own: what they have is not known
+            config: dict[str, Any] = yaml.safe_load(Path(typed["--autoscaling-config"]).expanduser().read_text())
+            return config
     return None
+
+
+def _autoscaler_limits() -> dict[str, int] | None:
+    """The most that an autoscaler may bring the cluster to; None without one."""
+    if (config := _config()) is None:
+        return None
+    limits: dict[str, int] = {}
+    for name, kind in config["available_node_types"].items():
+        nodes = min(kind.get("max_workers", 0), config["max_workers"]) + (name == config["head_node_type"])
+        for resource in ("CPU", "GPU"):
+            limits[resource] = limits.get(resource, 0) + nodes * int(kind["resources"].get(resource, 0))
+    return limits if any(limits.values()) else None  # machines of one's own: what they have is not known
+
+
+def least_nodes() -> int:
+    """How many nodes the cluster is meant to have at least, its head among them."""
+    config = _config() or {"provider": {}, "available_node_types": {}}
+    workers = sum(kind.get("min_workers", 0) for kind in config["available_node_types"].values())
+    return 1 + max(workers, len(config["provider"].get("worker_ips", ())))
 
 
 def is_one_machine() -> bool:
     """Whether this is all of the cluster, and will be."""
     import ray
 
-    return sum(node["Alive"] for node in ray.nodes()) == 1 and _autoscaler_limits() is None
+    return sum(node["Alive"] for node in ray.nodes()) == 1 and _config() is None
 
 
 def plan(gpus: int | tuple[int, int] | None, cpus: int | tuple[int, int] | None) -> Workers:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dogvae.cluster import choose_interface
+from dogvae.cluster import choose_interface, least_nodes
 from dogvae.console import say
 from dogvae.storage import Storage, is_uri
 
@@ -38,12 +38,15 @@ def examine(runs: str, data: str | None) -> list[Finding]:
     """Look at every node of the cluster that this process is connected to."""
     import ray
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"])
     names = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
     token = uuid.uuid4().hex
     began = time.time()
     seen = _on_each(nodes, _look, Storage(runs).uri, data, token)
-    findings = [Finding("nodes", "all", True, f"{len(nodes)} joined: {', '.join(sorted(names.values()))}")]
+    least = max(len(nodes), least_nodes())
+    remedy = "they join half a minute after `ray up`; if one does not, `ray monitor` and your yaml file show why"
+    joined = f"{len(nodes)} of {least} joined: {', '.join(names.values())}"
+    findings = [Finding("nodes", "all", len(nodes) == least, joined, remedy)]
     ours = _versions()
     probes = []
     for node in nodes:
@@ -219,7 +222,9 @@ def _talk(nodes: list[dict[str, Any]], gpu: bool) -> Finding:
     remedy = (
         "open all ports between the nodes of the cluster; GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network"
     )
-    return Finding(backend, "all", not wrong, wrong[0] if wrong else f"{len(nodes)} nodes reach each other", remedy)
+    return Finding(
+        backend, "all", not wrong, wrong[0] if wrong else f"{len(nodes)} of {len(nodes)} reach each other", remedy
+    )
 
 
 def _free_port(number: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 from dogvae.config import CROPS, Config, ModelConfig, Safety, check, fields_of
 from dogvae.console import RunFailed, UsageError
 
+SENT = "DOGVAE_SENT_TO"  # in a job's environment: the dashboard's URL by which it came
 INTERNAL = ("architecture", "data", "fingerprint", "loss_scale")  # settings that a preset or the data decides
 
 
@@ -89,6 +91,17 @@ def training_parser(description: str | None) -> Parser:
 def default_runs() -> str:
     """Where runs are kept if nothing is said: a cluster's set-up names the storage that its nodes share."""
     return os.environ.get("DOGVAE_RUNS") or "runs"
+
+
+def sent() -> str:
+    """` --address URL` if this is a job that came from elsewhere: what a command typed there needs to come here."""
+    address = os.environ.get(SENT, "")
+    return f" --address {shlex.quote(address)}" if address else ""
+
+
+def runs_flag(runs: str) -> str:
+    """` --runs RUNS`, if a command that is typed where this one was has to say it."""
+    return f" --runs {shlex.quote(runs)}" if runs != default_runs() or os.environ.get(SENT) else ""
 
 
 def add_runs(parser: Any) -> None:

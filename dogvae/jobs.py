@@ -25,7 +25,7 @@ def run_there(args: argparse.Namespace, command: Sequence[str], argv: Sequence[s
     """If `--address` (or `RAY_ADDRESS`) is http://HOST:PORT of a dashboard, run `python COMMAND ARGV` there.
 
     Shows what it prints until it ends, and returns its exit status. Ctrl-C and SIGTERM stop it as they would here,
-    after a checkpoint; a second one leaves it alone. Returns None if the command is to run here. Raises UsageError if
+    after a checkpoint; a second one does not wait for that. Returns None if the command is to run here. Raises UsageError if
     the dashboard does not answer, or for a relative path, which means nothing there; RunFailed if it is lost.
     """
     address = args.address or os.environ.get("RAY_ADDRESS", "")
@@ -49,9 +49,12 @@ def run_there(args: argparse.Namespace, command: Sequence[str], argv: Sequence[s
         _copy_code(Path(folder))
         job = client.submit_job(
             entrypoint=typed,
-            runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_PATIENCE_S)}},
+            runtime_env={
+                "working_dir": folder,
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_PATIENCE_S), flags.SENT: address},
+            },
         )
-        say(f"job {job} at {address}")
+        say(f"job {job}: it outlives this terminal; to see it again: {_logs(address, job)}")
         return _follow(client, job, address)
 
 
@@ -67,6 +70,10 @@ def _client(address: str) -> Any:
             f"--address: {address} does not let us in ({why}). Is it reachable (`ray dashboard cluster.yaml` makes a "
             "tunnel)? With a token: is RAY_AUTH_MODE=token set here, and is ~/.ray/auth_token that of the cluster?"
         ) from error
+
+
+def _logs(address: str, job: str) -> str:
+    return f"ray job logs --address {address} --follow {job}"
 
 
 def _copy_code(folder: Path) -> None:
@@ -86,14 +93,13 @@ def _follow(client: Any, job: str, address: str) -> int:
             try:
                 if received and not stopped:
                     stopped = True
-                    say("stopping the job; once more leaves it alone")
+                    say("the job stops after a checkpoint; once more does not wait for that")
                     client.stop_job(job)
                 details = client.get_job_info(job)
                 log = client.get_job_logs(job)
             except (ConnectionError, OSError, RuntimeError) as error:
                 raise RunFailed(
-                    f"the connection to {address} is lost ({type(error).__name__}); the job goes on: "
-                    f"ray job logs --address {address} --follow {job}"
+                    f"the connection to {address} is lost ({type(error).__name__}); the job goes on: {_logs(address, job)}"
                 ) from error
             sys.stdout.write(log[shown:])
             sys.stdout.flush()

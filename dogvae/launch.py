@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-from dogvae import cluster
+from dogvae import cluster, metrics
 from dogvae.cluster import Workers
 from dogvae.config import Config, Safety
 from dogvae.console import Progress, RunFailed, UsageError, clock, stop_signals
@@ -177,7 +177,8 @@ def _watch(
     import ray
 
     last, stopping = "", False
-    heard = looked = time.monotonic()
+    began = heard = looked = time.monotonic()
+    line.update(0, config.epochs, "starting the workers")
     lacking: float | None = None  # since when there are too few nodes
     while True:
         if received and not stopping:
@@ -187,13 +188,15 @@ def _watch(
         ended = fit.done()
         now = time.monotonic()
         for kind, *payload in ray.get(hub.take.remote()):
+            if heard == began:  # the time left is that of training
+                line.restart()
             heard = now
             if kind == "progress":
                 epoch, step, steps = payload
                 line.update(epoch + step / steps, config.epochs, f"epoch {epoch + 1}/{config.epochs} {last}".rstrip())
             elif kind == "epoch":
                 (record,) = payload
-                last = describe(record)
+                last = f"{metrics.describe(record)}, {record['images_per_s']:.0f} images/s"
                 done = record["epoch"] + 1
                 line.update(done, config.epochs, f"epoch {done}/{config.epochs} {last}", milestone=True)
             elif kind == "note":
@@ -216,14 +219,6 @@ def _watch(
                     f"{lack} after {clock(now - lacking)} (--node-patience); nothing is lost: --resume goes on"
                 )
         time.sleep(0.2)
-
-
-def describe(record: dict[str, Any]) -> str:
-    """An epoch in one line."""
-    return (
-        f"loss {record['val_loss']:.0f} = reconstruction {record['val_reconstruction']:.0f} "
-        f"+ KL {record['val_kl']:.0f}, {record['images_per_s']:.0f} images/s, explained {record['val_explained']:.3f}"
-    )
 
 
 def _first_line(error: BaseException) -> str:

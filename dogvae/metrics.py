@@ -31,6 +31,12 @@ def read(storage: Storage) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def describe(record: dict[str, Any]) -> str:
+    """An epoch's validation in words."""
+    loss, reconstruction, kl, explained = (record[f"val_{k}"] for k in ("loss", "reconstruction", "kl", "explained"))
+    return f"loss {loss:.0f} = reconstruction {reconstruction:.0f} + KL {kl:.0f}, explained {explained:.3f}"
+
+
 def plain(record: dict[str, Any]) -> dict[str, Any]:
     """A record as a line of the file has it: None for what is no finite number."""
     return {k: v if math.isfinite(v) else None for k, v in record.items()}

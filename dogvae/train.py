@@ -165,18 +165,22 @@ class _Run:
     def _epoch(self) -> dict[str, Any] | None:
         """The rest of an epoch, its validation and its checkpoint; returns its record, or None to stop within it."""
         trainer, config, epoch = self.trainer, self.config, self.meta["epoch"]
-        order = epoch_order(len(self.dataset.train), config.seed, epoch)
-        batches = [order[i * config.batch_size : (i + 1) * config.batch_size] for i in range(self.steps)]
-        first = self.meta["step"] - epoch * self.steps
-        mine = [batch[rank_slice(len(batch), self.rank, self.world_size)] for batch in batches[first:]]
+        n, first = len(self.dataset.train), self.meta["step"] - epoch * self.steps
+        order = epoch_order(n, config.seed, epoch)
+
+        def batch(step: int) -> np.ndarray:
+            return order[step * config.batch_size : (step + 1) * config.batch_size]
+
+        # Cut as they are needed: of ten million images all batches of an epoch are many more bytes than their order.
+        mine = (b[rank_slice(len(b), self.rank, self.world_size)] for b in map(batch, range(first, self.steps)))
         seconds, began, waited = self.meta["seconds"], time.perf_counter(), 0.0
-        images = Batches(self.dataset.train, trainer.device)(mine)
+        feed = Batches(self.dataset.train, trainer.device)(mine)
         trainer.net.train()
         for step in range(first, self.steps):
             asked = time.perf_counter()
-            batch = next(images)
+            images = next(feed)
             waited += time.perf_counter() - asked
-            trainer.step(batch, len(batches[step]), epoch, step, self.steps)
+            trainer.step(images, len(batch(step)), epoch, step, self.steps)
             self.meta = {**self.meta, "step": epoch * self.steps + step + 1}
             self.meta["seconds"] = seconds + time.perf_counter() - began
             if self.rank == 0:
@@ -203,7 +207,7 @@ class _Run:
             "beta": beta_at(config, last),
             "gradient_norm": norm / max(1, self.steps - skipped),
             "skipped_steps": int(skipped),
-            "images_per_s": sum(map(len, batches[first:])) / trained,
+            "images_per_s": (n - first * config.batch_size) / trained,
             "data_wait": waited / trained,
             "world_size": self.world_size,
             "seconds": seconds + time.perf_counter() - began,

@@ -97,26 +97,32 @@ def test_plan_counts_nodes_that_may_come(monkeypatch: pytest.MonkeyPatch) -> Non
         cluster.plan(5, None)
 
 
-def test_limits_are_those_of_the_running_autoscaler(tmp_path: Path) -> None:
-    """Of the file that its command line names; with the head, and no more nodes than there may be in all."""
-    config = {
-        "max_workers": 3,
-        "head_node_type": "head",
-        "available_node_types": {
-            "head": {"resources": {"CPU": 2}},
-            "gpu": {"max_workers": 4, "resources": {"CPU": 4, "GPU": 1, "memory": 1}},
-        },
-    }
-    (tmp_path / "config.yaml").write_text(json.dumps(config))
+def test_limits_and_least_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the head, and no more nodes than there may be in all; of one's own machines what they have is not known."""
+    head, gpu = {"resources": {"CPU": 2}}, {"min_workers": 2, "max_workers": 4, "resources": {"CPU": 4, "GPU": 1}}
+    config: dict[str, Any] = {"provider": {"type": "aws"}, "max_workers": 3, "head_node_type": "head"}
+    config["available_node_types"] = {"head": head, "gpu": gpu}
+    monkeypatch.setattr(cluster, "_config", lambda: config)
+    assert cluster._autoscaler_limits() == {"CPU": 14, "GPU": 3}
+    assert cluster.least_nodes() == 3
+    config["available_node_types"] = {"local": {"min_workers": 0, "max_workers": 4, "resources": {}}}
+    config["provider"] = {"type": "local", "worker_ips": ["10.0.0.2", "10.0.0.3", "10.0.0.4"]}
+    assert cluster._autoscaler_limits() is None
+    assert cluster.least_nodes() == 4
+    monkeypatch.setattr(cluster, "_config", lambda: None)
+    assert cluster._autoscaler_limits() is None
+    assert cluster.least_nodes() == 1
+
+
+def test_config_is_that_of_the_running_autoscaler(tmp_path: Path) -> None:
+    """The file that its command line names."""
+    (tmp_path / "config.yaml").write_text("max_workers: 3\n")
     sleep = "import time; time.sleep(60)"
     typed = [sys.executable, "-c", sleep, "--gcs-address=1.2.3.4:5", f"--autoscaling-config={tmp_path}/config.yaml"]
     with subprocess.Popen(typed) as monitor:
         try:
-            assert cluster._limits_here("1.2.3.4:5") == {"CPU": 14, "GPU": 3}
-            assert cluster._limits_here("1.2.3.4:6") is None
-            config["available_node_types"] = {"head": {"resources": {}}, "gpu": {"max_workers": 4, "resources": {}}}
-            (tmp_path / "config.yaml").write_text(json.dumps(config))
-            assert cluster._limits_here("1.2.3.4:5") is None
+            assert cluster._config_here("1.2.3.4:5") == {"max_workers": 3}
+            assert cluster._config_here("1.2.3.4:6") is None
         finally:
             monitor.kill()
 
@@ -193,3 +199,14 @@ def test_command_without_a_dashboard_runs_here(monkeypatch: pytest.MonkeyPatch) 
     assert jobs.run_there(args, ["train_distributed.py"], []) is None
     args.address = "10.0.0.1:6379"
     assert jobs.run_there(args, ["train_distributed.py"], []) is None
+
+
+def test_flags_of_commands_that_are_typed_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job tells how to come back to it from where it was sent."""
+    monkeypatch.delenv("DOGVAE_RUNS", raising=False)
+    assert (flags.sent(), flags.runs_flag("runs"), flags.runs_flag("my runs")) == ("", "", " --runs 'my runs'")
+    monkeypatch.setenv("DOGVAE_RUNS", "/mnt/share/runs")
+    assert flags.runs_flag("/mnt/share/runs") == ""
+    monkeypatch.setenv(flags.SENT, "http://localhost:8265")
+    assert flags.sent() == " --address http://localhost:8265"
+    assert flags.runs_flag("/mnt/share/runs") == " --runs /mnt/share/runs"

@@ -128,13 +128,13 @@ def search(args: argparse.Namespace) -> int:
         plan = replace(plan, config=filled)
     save(storage, plan, known)
     say(f"{storage.uri}: {plan.trials} trials of at most {plan.config.epochs} epochs, {at_once} at a time")
-    where = "" if args.runs == flags.default_runs() else f" --runs {shlex.quote(args.runs)}"
+    where = flags.runs_flag(args.runs)
     say(f"watch it: python -m tune dashboard {name}{where}")
     stopped = run(storage, plan, known, at_once, args.time_budget)
     finish(open_search(args.runs, name), name, where, interrupted=stopped is not None)
     if stopped is None:
         return 0
-    say(f"stopped; to go on: python -m tune search --resume {name}{where}")
+    say(f"stopped; to go on: python -m tune search{flags.sent()} --resume {name}{where}")
     return 128 + stopped if stopped else 0
 
 
@@ -213,7 +213,7 @@ def finish(found: Search, name: str, where: str, interrupted: bool) -> None:
 the model   {folder.uri}
 next        python -m tune dashboard {name}{where}
             dogvae sample {shlex.quote(folder.uri)} -n 64 -o samples.png
-            python train_distributed.py{where} --from-search {name} --epochs {10 * config.epochs}""")
+            python train_distributed.py{flags.sent()}{where} --from-search {name} --epochs {10 * config.epochs}""")
 
 
 if __name__ == "__main__":

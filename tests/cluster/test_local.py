@@ -95,11 +95,11 @@ def lab() -> Iterator[Lab]:
 
 def test_doctor_finds_nothing_wrong(lab: Lab) -> None:
     told = lab.laptop.ray("exec", f"dogvae doctor --data {SHARE}/dogs")
-    assert re.search(r"nodes +all +3 joined", told)
+    assert re.search(r"✓ nodes +all +3 of 3 joined", told)
     for name in ("head", "w1", "w2"):
         for check in ("versions", "disk", "clock", "storage", "dataset", "shared"):
             assert re.search(rf"✓ {check} +{lab.hosts[name].address} ", told), told
-    assert re.search(r"✓ gloo +all +3 nodes reach each other", told)
+    assert re.search(r"✓ gloo +all +3 of 3 reach each other", told)
     assert "✗" not in told
     assert [path.name for path in lab.runs.iterdir()] == []
 
@@ -248,7 +248,7 @@ def test_host_that_comes_back(lab: Lab, training: Command) -> None:
     again(lab, training, 2, "host joined to training on it", newest_step(lab))
     training.process.terminate()
     assert training.wait(60) == 143, training.text()
-    assert "to go on: python train_distributed.py" in training.text()
+    assert f"to go on: python train_distributed.py --address {lab.laptop.open_dashboard()}" in training.text()
     assert "Traceback" not in training.text()
     epochs = [line["epoch"] for line in lab.lines("run")]
     assert epochs == list(range(len(epochs)))
