@@ -25,8 +25,9 @@ def run_there(args: argparse.Namespace, command: Sequence[str], argv: Sequence[s
     """If `--address` (or `RAY_ADDRESS`) is http://HOST:PORT of a dashboard, run `python COMMAND ARGV` there.
 
     Shows what it prints until it ends, and returns its exit status. Ctrl-C and SIGTERM stop it as they would here,
-    after a checkpoint; a second one does not wait for that. Returns None if the command is to run here. Raises UsageError if
-    the dashboard does not answer, or for a relative path, which means nothing there; RunFailed if it is lost.
+    after a checkpoint; a second one does not wait for that. Returns None if the command is to run here. Raises
+    UsageError if the dashboard does not answer, or for a relative path, which means nothing there; RunFailed if it is
+    lost.
     """
     address = args.address or os.environ.get("RAY_ADDRESS", "")
     if not address.startswith(("http://", "https://")):
@@ -99,7 +100,8 @@ def _follow(client: Any, job: str, address: str) -> int:
                 log = client.get_job_logs(job)
             except (ConnectionError, OSError, RuntimeError) as error:
                 raise RunFailed(
-                    f"the connection to {address} is lost ({type(error).__name__}); the job goes on: {_logs(address, job)}"
+                    f"the connection to {address} is lost ({type(error).__name__}); the job goes on: "
+                    f"{_logs(address, job)}"
                 ) from error
             sys.stdout.write(log[shown:])
             sys.stdout.flush()
