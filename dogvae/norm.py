@@ -73,9 +73,10 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         """Normalised over ranks, batch and pixels; the same shape and type."""
-        if not self.training:
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if not self.training or (alone and self.groups == 1):
             return super().forward(x_bchw)
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if alone:
             return _join([super(SyncBatchNorm, self).forward(part) for part in _split(x_bchw, self.groups)])
         y, means, variances = _Normalize.apply(x_bchw, self.weight, self.bias, self.groups, self.eps)
         assert self.running_mean is not None
