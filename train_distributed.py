@@ -13,8 +13,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from threading import Thread
 
 from dogvae import cluster, flags, jobs, metrics, runs
 from dogvae.config import Config
@@ -50,8 +48,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             runs.check_data(data, settings.get("image_size"), args.crop, args.val_fraction)
     os.environ |= flags.network(args)
-    Thread(target=import_module, args=("ray.train",)).start()  # some seconds, which Ray takes to start as well
-    say(cluster.connect(args.address, args.verbose))
+    say(cluster.connect(args.address, args.verbose, meanwhile="ray.train"))
     workers = cluster.plan(args.gpus, args.cpus)
     if args.dry_run:
         say(json.dumps({"run": storage.uri, "workers": str(workers), **config.to_dict()}, indent=2))

@@ -9,7 +9,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from dogvae.console import Progress, RunFailed, UsageError, clock
@@ -18,12 +20,13 @@ HEAD = "node:__internal_head__"  # a resource of the head alone
 NODES_INTERVAL_S = 2.0  # between two looks at what nodes there are
 
 
-def connect(address: str | None = None, verbose: bool = False) -> str:
+def connect(address: str | None = None, verbose: bool = False, meanwhile: str = "") -> str:
     """Connect this process to Ray, once, and return a sentence that says to what.
 
     `address` is HOST:PORT of a cluster's head, by default `RAY_ADDRESS`, else the cluster that this user has started on
     this machine (`ray start`, `ray up`). Without one, Ray starts here, without a dashboard: what somebody else runs is
-    never joined. `verbose` lets Ray's own log through. UsageError if nothing answers.
+    never joined. `verbose` lets Ray's own log through; `meanwhile` is a module to import while Ray starts, which takes
+    as long. UsageError if nothing answers.
     """
     import ray
 
@@ -32,6 +35,8 @@ def connect(address: str | None = None, verbose: bool = False) -> str:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; unset, it warns
         if address not in ("local", "auto"):
             _check_answers(address)
+        if meanwhile:
+            Thread(target=import_module, args=(meanwhile,)).start()
         try:
             ray.init(
                 address=address,
