@@ -80,7 +80,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     family = second.family()
     second.process.kill()
     second.process.wait()
-    # No trial trains any more. Ray's agents see after a minute that it has gone, a process that just started after half.
+    # No trial trains any more. Ray's agents see after a minute that it has gone, a process that just started in half.
     wait_until(lambda: all("Agent" in name for name in names_of(family)), 60)
     before = states(where)
 
