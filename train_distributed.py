@@ -78,10 +78,9 @@ def finish(storage: Storage, config: Config, logdir: str) -> None:
     from dogvae.export import export
 
     folder = export(storage, config).uri
-    records = [record for record in metrics.read(storage) if record["val_loss"] is not None]
-    best = min(records, key=lambda record: record["val_loss"])
-    say(f"""
-the best    epoch {best["epoch"] + 1}: {metrics.describe(best)}
+    best = metrics.best(metrics.read(storage))
+    told = f"\nthe best    epoch {best['epoch'] + 1}: {metrics.describe(best)}" if best else ""
+    say(f"""{told}
 the run     {storage.uri}
 the model   {folder}
 next        tensorboard --logdir {shlex.quote(logdir)}

@@ -96,8 +96,8 @@ def start(
     spared = ["DatasetsCallback"]
     alone = cluster.is_one_machine()
     if alone:
-        # No node will go and leave others behind, none can be asked for (that is what `Fixed` spares), and when we end
-        # so does Ray, with all that was reserved.
+        # No node will go and leave others behind, and none can be asked for (that is what `Fixed` spares). What is
+        # reserved is given back when the driver ends: Ray ties it to the driver's life.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         spared.append("PlacementGroupCleanerCallback")
 

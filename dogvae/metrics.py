@@ -31,6 +31,16 @@ def read(storage: Storage) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def finite(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records whose validation loss is a finite number."""
+    return [r for r in records if r["val_loss"] is not None and math.isfinite(r["val_loss"])]
+
+
+def best(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The record of the epoch with the least validation loss."""
+    return min(finite(records), key=lambda r: r["val_loss"], default=None)
+
+
 def describe(record: dict[str, Any]) -> str:
     """An epoch's validation in words."""
     loss, reconstruction, kl, explained = (record[f"val_{k}"] for k in ("loss", "reconstruction", "kl", "explained"))

@@ -57,12 +57,12 @@ class Trial(Entry):
     @property
     def finite(self) -> list[dict[str, Any]]:
         """The records whose validation loss is a finite number."""
-        return [r for r in self.records if r["val_loss"] is not None and math.isfinite(r["val_loss"])]
+        return metrics.finite(self.records)
 
     @property
     def best(self) -> dict[str, Any] | None:
         """The record of the epoch with the least validation loss."""
-        return min(self.finite, key=lambda r: r["val_loss"], default=None)
+        return metrics.best(self.records)
 
     @property
     def seconds(self) -> float:
