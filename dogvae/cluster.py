@@ -6,7 +6,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -33,18 +34,21 @@ def connect(address: str | None = None, verbose: bool = False, meanwhile: str = 
     if not ray.is_initialized():
         address = address or os.environ.get("RAY_ADDRESS") or _started_by_user() or "local"
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; unset, it warns
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # patched, a worker's line comes out twice
         if address not in ("local", "auto"):
             _check_answers(address)
-        if meanwhile:
-            Thread(target=import_module, args=(meanwhile,)).start()
+        importing = Thread(target=import_module, args=(meanwhile or "ray",))
+        if address != "local":
+            importing.start()
         try:
-            ray.init(
-                address=address,
-                log_to_driver=verbose,
-                logging_level=logging.INFO if verbose else logging.ERROR,
-                include_dashboard=False,
-                configure_logging=True,
-            )
+            with _lean_node(verbose, importing) if address == "local" else nullcontext():
+                ray.init(
+                    address=address,
+                    log_to_driver=verbose,
+                    logging_level=logging.INFO if verbose else logging.ERROR,
+                    include_dashboard=False,
+                    configure_logging=True,
+                )
         except (ValueError, RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
             if address == "local":
                 raise
@@ -55,6 +59,37 @@ def connect(address: str | None = None, verbose: bool = False, meanwhile: str = 
         f"Ray at {ray.get_runtime_context().gcs_address}: {len(nodes)} node{'s' if len(nodes) != 1 else ''}, "
         f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
     )
+
+
+@contextmanager
+def _lean_node(verbose: bool, meanwhile: Thread) -> Iterator[None]:
+    """A Ray that starts within has no dashboard's server, no autoscaler, and a reader of logs only if `verbose`.
+
+    It would wait for them some seconds, also without a dashboard, and they would hold up each other. `meanwhile` is
+    started when there is only waiting left for this process.
+    """
+    from ray._private import node
+
+    class Node(node.Node):
+        def start_api_server(self, **_: Any) -> None:
+            self._webui_url = ""
+
+        def start_monitor(self) -> None: ...
+
+        def start_log_monitor(self) -> None:
+            if verbose:
+                super().start_log_monitor()
+
+        def start_raylet(self, *args: Any, **kwargs: Any) -> None:
+            super().start_raylet(*args, **kwargs)
+            meanwhile.start()
+
+    usual = node.Node
+    node.Node = Node  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        node.Node = usual  # type: ignore[misc]
 
 
 def _started_by_user() -> str | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import Future
-from contextlib import suppress
+from importlib import import_module
+from threading import Thread
 from typing import Any
 
 from dogvae import cluster, metrics
@@ -19,14 +20,12 @@ from dogvae.console import Progress, RunFailed, UsageError, clock, stop_signals
 from dogvae.hub import in_background, make_hub
 from dogvae.storage import Storage
 
-LEAVE_TIMEOUT_S = 30  # for the workers' group to be dissolved
 NODES_INTERVAL_S = 5.0  # without a word from the workers, until it is looked whether they have nodes
 RESIZE_INTERVAL_S = 10.0  # how often an elastic run looks for more workers
 # How soon Ray Train notices. Its defaults are for jobs of hours: 2 s for a death, 5 s for a node that will go.
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # patched, a worker's line comes out twice
 }
 # After the loss of a node an elastic run first asks for as many workers as before, and waits so long in vain (60 s).
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -36,18 +35,6 @@ def _work(settings: dict[str, Any]) -> tuple[str, str]:
     from dogvae.worker import work
 
     return work(settings)
-
-
-def _join(*args: Any) -> None:
-    from dogvae.worker import join
-
-    join(*args)
-
-
-def _leave() -> None:
-    from dogvae.worker import leave
-
-    leave()
 
 
 def launch(config: Config, storage: Storage, workers: Workers, safety: Safety, verbose: bool) -> int | None:
@@ -82,66 +69,15 @@ def start(
 
     With `wants_saved` an epoch is on the storage before it is told.
     """
-    import ray
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
-    from ray.train._internal.utils import get_address_and_port
-    from ray.train.backend import Backend, BackendConfig
-    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+    from dogvae.controller import Failures, Torch, Trainer
 
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault(START_TIMEOUT, "10" if isinstance(workers.count, tuple) else "30")
-    # Processes that every start and every recovery would wait for, some seconds each. We have no Ray datasets.
-    spared = ["DatasetsCallback"]
-    alone = cluster.is_one_machine()
-    if alone:
-        # No node will go and leave others behind, and none can be asked for (that is what `Fixed` spares). What is
-        # reserved is given back when the driver ends: Ray ties it to the driver's life.
+    if cluster.is_one_machine():  # no node will go and leave others behind
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        spared.append("PlacementGroupCleanerCallback")
-
-    class Failures(UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            hub.tell.remote("failure", {rank: _first_line(e) for rank, e in worker_exceptions.items()})
-
-    # As ray.train.torch's TorchTrainer, TorchConfig and backend are, but for the import of torch.
-    class Group(Backend):
-        share_cuda_visible_devices = True
-
-        def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            host, port = worker_group.execute_single(0, get_address_and_port)
-            address, count = f"[{host}]:{port}" if ":" in host else f"{host}:{port}", len(worker_group)
-            joining = [
-                worker_group.execute_single_async(rank, _join, network, workers.gpu, address, rank, count)
-                for rank in range(count)
-            ]
-            ray.get(joining)
-
-        def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-            with suppress(ray.exceptions.GetTimeoutError):
-                ray.get(worker_group.execute_async(_leave), timeout=LEAVE_TIMEOUT_S)
-
-    network = cluster.network_settings()
-
-    class Torch(BackendConfig):
-        backend_cls = Group
-
-    class Fixed(FixedScalingPolicy):
-        def after_controller_start(self, train_run_context: Any) -> None: ...
-
-        def _maybe_send_resource_request(self) -> None: ...
-
-    class Trainer(DataParallelTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks: list[Any] = super()._create_default_callbacks()
-            return [c for c in callbacks if type(c).__name__ not in spared]
-
-        def _initialize_and_run_controller(self, **given: Any) -> Any:
-            if alone and isinstance(given["scaling_policy"], FixedScalingPolicy):
-                given["scaling_policy"] = Fixed(self.scaling_config)  # type: ignore[arg-type]
-            return super()._initialize_and_run_controller(**given)
-
     place, mark, options = storage.uri.partition("?")  # options of an object store, as pyarrow takes them
     head, _, name = place.rpartition("/")
     # At run time these are Train V2's classes, which keep what the workers return; type checkers see V1's.
@@ -151,7 +87,7 @@ def start(
             "config": config, "run": storage.uri, "hub": hub, "threads": workers.cpus, "safety": safety,
             "wants_saved": wants_saved,
         },
-        backend_config=Torch(),
+        backend_config=Torch(workers.gpu, cluster.network_settings()),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=workers.count,  # type: ignore[arg-type]
             use_gpu=workers.gpu,
@@ -162,7 +98,7 @@ def start(
             name=name,
             storage_path=head + mark + options,
             failure_config=FailureConfig(max_failures=safety.max_failures),
-            callbacks=[Failures()],  # type: ignore[list-item]
+            callbacks=[Failures(hub)],  # type: ignore[list-item]
             logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
         ),
     )  # fmt: skip
@@ -180,6 +116,7 @@ def _watch(
     began = heard = looked = time.monotonic()
     line.update(0, config.epochs, "starting the workers")
     lacking: float | None = None  # since when there are too few nodes
+    importing = Thread(target=import_module, args=("dogvae.export",))  # torch, which the end of a run needs here
     while True:
         if received and not stopping:
             stopping = True
@@ -193,6 +130,8 @@ def _watch(
             heard = now
             if kind == "progress":
                 epoch, step, steps = payload
+                if epoch == config.epochs - 1 and not importing.ident:
+                    importing.start()
                 line.update(epoch + step / steps, config.epochs, f"epoch {epoch + 1}/{config.epochs} {last}".rstrip())
             elif kind == "epoch":
                 (record,) = payload
@@ -219,9 +158,3 @@ def _watch(
                     f"{lack} after {clock(now - lacking)} (--node-patience); nothing is lost: --resume goes on"
                 )
         time.sleep(0.2)
-
-
-def _first_line(error: BaseException) -> str:
-    cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines() or [""]
-    return f"{type(cause).__name__}: {lines[-1] if 'Traceback' in lines[0] else lines[0]}".strip(": ")
