@@ -80,9 +80,7 @@ class Failures(UserCallback):
 class _Workers(WorkerGroup):
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
-        if cluster.is_one_machine():
-            return {}  # they inherit the environment; one of their own takes a new process, not one that is ready
-        return WorkerGroup._get_worker_runtime_env(custom_runtime_env)
+        return {}  # with settings of their own they would not get the processes that Ray has ready
 
     def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
         """As Ray Train's, without a controller that workers could ask for their checkpoints: ours are elsewhere."""

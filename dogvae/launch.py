@@ -99,7 +99,8 @@ def start(
             storage_path=head + mark + options,
             failure_config=FailureConfig(max_failures=safety.max_failures),
             callbacks=[Failures(hub)],  # type: ignore[list-item]
-            logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
+            # What it would tell of lost workers, `Failures` tells in a line; all of it is in Ray's session folder.
+            logging_config=LoggingConfig(log_level="INFO" if verbose else "CRITICAL"),
         ),
     )  # fmt: skip
     fit: Any = trainer.fit
