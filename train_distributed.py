@@ -29,8 +29,8 @@ def main(argv: Sequence[str]) -> int:
     data = args.data or runs.DRAWN
     name = args.name or runs.default_name(args.from_search or data)
     is_new = not (args.resume or args.from_search)
-    if args.data is None and is_new:
-        settings = {"preset": "small", **settings}
+    if args.data is None and is_new and "preset" not in settings:
+        settings = {"preset": "small", "epochs": 8, **settings}  # a first look, in minutes
     config = Config.make(data=data, **settings)  # mistakes are told before anything slow is imported
     if (status := jobs.run_there(args, ["train_distributed.py"], argv)) is not None:
         return status

@@ -203,5 +203,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         loss_scale="notebook",
     ),
     # Minutes on a laptop.
-    "small": dict(width=16, latent_dim=16, epochs=8, batch_size=16, kl_warmup=3.0),
+    "small": dict(width=16, latent_dim=16, epochs=12, batch_size=16, kl_warmup=3.0),
 }

@@ -216,12 +216,12 @@ def test_wrong_checksum_is_named_and_what_was_right_is_kept(remote: Path, s3: Se
 def test_torn_download_goes_on(how: signal.Signals, remote: Path, s3: Server, cache: Path) -> None:
     uri = put(remote, s3)
     folder = cache / Dataset(remote).fingerprint
-    torn = child(SLOW + FETCH, uri)
+    torn = child(SLOW.replace("0.1", "0.4") + FETCH, uri)
     until(lambda: folder.exists() and states(folder) and list(folder.glob(".*.partial")))
     torn.send_signal(how)
     began = time.monotonic()
-    torn.wait(10)
-    assert time.monotonic() - began < 1.5  # Ctrl-C too ends what is under way at its next piece, not 3 s later
+    torn.wait(30)
+    assert time.monotonic() - began < 5  # Ctrl-C too ends what is under way at its next piece, not 12 s later
     there = states(folder)
     assert 0 < len(there) < 4
     assert not (folder / "manifest.json").exists()

@@ -54,6 +54,7 @@ def test_first_command_trains_on_drawn_dogs_in_minutes(checkout: Path) -> None:
     (export,) = (checkout / "runs").glob("drawn-*/export")
     assert (export / "preview.png").exists()
     assert str(export) in done.stdout
+    assert "epoch 8/8" in done.stdout + done.stderr
 
 
 @pytest.mark.slow
