@@ -1,7 +1,7 @@
-"""Ray Train's trainer, its progress on the console, stopping it, and its failures.
+"""A training by Ray Train from the command's side: starting it, its progress on the console, stopping it, its failures.
 
-Without torch: neither the command nor Ray Train's controller needs it, and each would take seconds to import it while
-the workers do. What the workers run is worker.py.
+Without torch: the command does not need it until the end, and would take seconds to import it while the workers do. Ray
+Train's trainer is in controller.py, what the workers run in worker.py.
 """
 
 from __future__ import annotations
