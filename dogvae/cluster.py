@@ -21,7 +21,7 @@ HEAD = "node:__internal_head__"  # a resource of the head alone
 NODES_INTERVAL_S = 2.0  # between two looks at what nodes there are
 
 
-def connect(address: str | None = None, verbose: bool = False, meanwhile: str = "") -> str:
+def connect(address: str | None = None, verbose: bool = False, meanwhile: str = "ray") -> str:
     """Connect this process to Ray, once, and return a sentence that says to what.
 
     `address` is HOST:PORT of a cluster's head, by default `RAY_ADDRESS`, else the cluster that this user has started on
@@ -37,7 +37,7 @@ def connect(address: str | None = None, verbose: bool = False, meanwhile: str = 
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # patched, a worker's line comes out twice
         if address not in ("local", "auto"):
             _check_answers(address)
-        importing = Thread(target=import_module, args=(meanwhile or "ray",))
+        importing = Thread(target=import_module, args=(meanwhile,))
         if address != "local":
             importing.start()
         try:
