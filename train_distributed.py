@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             runs.check_data(data, settings.get("image_size"), args.crop, args.val_fraction)
     os.environ |= flags.network(args)
-    say(cluster.connect(args.address, args.verbose, meanwhile="ray.train"))
+    say(cluster.connect(args.address, args.verbose))
     workers = cluster.plan(args.gpus, args.cpus)
     if args.dry_run:
         say(json.dumps({"run": storage.uri, "workers": str(workers), **config.to_dict()}, indent=2))

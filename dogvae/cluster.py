@@ -10,9 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from dogvae.console import Progress, RunFailed, UsageError, clock
@@ -21,13 +19,13 @@ HEAD = "node:__internal_head__"  # a resource of the head alone
 NODES_INTERVAL_S = 2.0  # between two looks at what nodes there are
 
 
-def connect(address: str | None = None, verbose: bool = False, meanwhile: str = "ray") -> str:
+def connect(address: str | None = None, verbose: bool = False, environments: bool = False) -> str:
     """Connect this process to Ray, once, and return a sentence that says to what.
 
     `address` is HOST:PORT of a cluster's head, by default `RAY_ADDRESS`, else the cluster that this user has started on
     this machine (`ray start`, `ray up`). Without one, Ray starts here, without a dashboard: what somebody else runs is
-    never joined. `verbose` lets Ray's own log through; `meanwhile` is a module to import while Ray starts, which takes
-    as long. UsageError if nothing answers.
+    never joined. `verbose` lets Ray's own log through. Only with `environments` can a Ray that starts here give
+    processes an environment of their own (`runtime_env`). UsageError if nothing answers.
     """
     import ray
 
@@ -37,17 +35,16 @@ def connect(address: str | None = None, verbose: bool = False, meanwhile: str = 
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # patched, a worker's line comes out twice
         if address not in ("local", "auto"):
             _check_answers(address)
-        importing = Thread(target=import_module, args=(meanwhile,))
-        if address != "local":
-            importing.start()
         try:
-            with _lean_node(verbose, importing) if address == "local" else nullcontext():
+            with _lean_node(verbose, environments) if address == "local" else nullcontext():
                 ray.init(
                     address=address,
                     log_to_driver=verbose,
                     logging_level=logging.INFO if verbose else logging.ERROR,
                     include_dashboard=False,
                     configure_logging=True,
+                    # Processes come when there is work for them: this one need not wait for some that are ready.
+                    _system_config={"prestart_worker_first_driver": False} if address == "local" else None,
                 )
         except (ValueError, RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
             if address == "local":
@@ -62,13 +59,13 @@ def connect(address: str | None = None, verbose: bool = False, meanwhile: str = 
 
 
 @contextmanager
-def _lean_node(verbose: bool, meanwhile: Thread) -> Iterator[None]:
-    """A Ray that starts within has no dashboard's server, no autoscaler, and a reader of logs only if `verbose`.
+def _lean_node(verbose: bool, environments: bool) -> Iterator[None]:
+    """A Ray that starts within has no dashboard, no autoscaler, and only if asked for a reader of logs (`verbose`) and
+    what gives processes `environments`.
 
-    It would wait for them some seconds, also without a dashboard, and they would hold up each other. `meanwhile` is
-    started when there is only waiting left for this process.
+    It would wait for them some seconds, also without a dashboard, and they would hold up each other.
     """
-    from ray._private import node
+    from ray._private import node, services
 
     class Node(node.Node):
         def start_api_server(self, **_: Any) -> None:
@@ -80,16 +77,23 @@ def _lean_node(verbose: bool, meanwhile: Thread) -> Iterator[None]:
             if verbose:
                 super().start_log_monitor()
 
-        def start_raylet(self, *args: Any, **kwargs: Any) -> None:
-            super().start_raylet(*args, **kwargs)
-            meanwhile.start()
+    def start(command: list[str], process_type: str, *args: Any, **kwargs: Any) -> Any:
+        if process_type == "raylet":
+            command = [*command, *absent]  # of a flag given twice the last counts
+        return start_process(command, process_type, *args, **kwargs)
 
-    usual = node.Node
-    node.Node = Node  # type: ignore[misc]
+    # A raylet insists on two agents, waits until each has told its ports, and dies if they do. `cat` ends with the
+    # raylet, as they do; -1 is what an agent tells that does not serve a port.
+    absent = ["dashboard_agent_command=cat", "metrics_agent_port=-1", "metrics_export_port=-1"]
+    absent += ["dashboard_agent_listen_port=-1", "num_prestart_python_workers=0"]
+    absent += [] if environments else ["runtime_env_agent_command=cat", "runtime_env_agent_port=-1"]
+    absent = [f"--{setting}" for setting in absent]
+    usual, start_process = node.Node, services.start_ray_process
+    node.Node, services.start_ray_process = Node, start  # type: ignore[misc]
     try:
         yield
     finally:
-        node.Node = usual  # type: ignore[misc]
+        node.Node, services.start_ray_process = usual, start_process  # type: ignore[misc]
 
 
 def _started_by_user() -> str | None:

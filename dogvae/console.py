@@ -113,6 +113,10 @@ def stop_signals() -> Iterator[list[int]]:
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
+    except SystemExit as error:
+        if len(received) > 1:  # Ray, waiting for a result, makes a 1 of it
+            raise SystemExit(128 + received[1]) from error
+        raise
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -15,12 +15,14 @@ import ray
 from ray.train import UserCallback
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup, state, worker_group
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from dogvae import cluster
+from dogvae.early import EarlyWorkers
 
 LEAVE_TIMEOUT_S = 30  # for the workers' group to be dissolved
 
@@ -77,10 +79,39 @@ class Failures(UserCallback):
         self._hub.tell.remote("failure", {rank: _first_line(e) for rank, e in worker_exceptions.items()})
 
 
+class _Nobody:
+    """Where Ray Train has a process for its collectives. The only one that we use tells of nodes that will go."""
+
+    def options(self, **_: Any) -> _Nobody:
+        return self
+
+    remote = options
+
+
 class _Workers(WorkerGroup):
+    early: EarlyWorkers | None = None  # for the first group of a training
+
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
         return {}  # with settings of their own they would not get the processes that Ray has ready
+
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
+        self._taken, _Workers.early = _Workers.early, None
+        if self._taken:
+            return DefaultPlacementGroupHandle(self._taken.placement_group)
+        return super()._create_placement_group(scaling_config, worker_group_context)
+
+    def _create_workers(self, *args: Any, **kwargs: Any) -> list[Worker]:
+        if not self._taken:
+            return super()._create_workers(*args, **kwargs)
+        actors = self._taken.actors
+        try:
+            metadata = ray.get([actor.get_metadata.remote() for actor in actors])
+        except ray.exceptions.RayActorError as error:  # they go with their placement group
+            raise WorkerGroupStartupFailedError(str(error)) from error
+        resources = self.get_worker_group_context().resources_per_worker
+        workers = [Worker(actor, data, resources) for actor, data in zip(actors, metadata, strict=True)]
+        return WorkerGroup._assign_worker_ranks(workers)
 
     def _init_train_context_on_workers(self, workers: Any, sync_actor: Any, train_context_args: Any) -> None:
         """As Ray Train's, without a controller that workers could ask for their checkpoints: ours are elsewhere."""
@@ -115,17 +146,28 @@ class _Fixed(FixedScalingPolicy):
 
 
 class Trainer(DataParallelTrainer):
-    """`fit` runs until training has ended; an event loop of its own, so in any thread."""
+    """`fit` runs until training has ended; an event loop of its own, so in any thread.
+
+    `early` are the first workers; `one_machine` says that there is no other machine, nor will be.
+    """
+
+    def __init__(self, early: EarlyWorkers | None, one_machine: bool, *args: Any, **kwargs: Any) -> None:
+        self._early, self._one_machine = early, one_machine
+        super().__init__(*args, **kwargs)
 
     def _create_default_callbacks(self) -> list[Any]:
         # We have no Ray datasets. And on one machine what is reserved is given back when the driver ends: Ray ties it
         # to the driver's life.
-        spared = ["DatasetsCallback"] + ["PlacementGroupCleanerCallback"] * cluster.is_one_machine()
+        spared = ["DatasetsCallback"] + ["PlacementGroupCleanerCallback"] * self._one_machine
         return [c for c in super()._create_default_callbacks() if type(c).__name__ not in spared]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
-        if cluster.is_one_machine() and isinstance(given["scaling_policy"], FixedScalingPolicy):
-            given["scaling_policy"] = _Fixed(self.scaling_config)  # type: ignore[arg-type]
+        if self._one_machine:
+            worker_group.SynchronizationActor = _Nobody()  # type: ignore[assignment, misc]
+            state._shutdown_sync_actor = lambda _: None  # type: ignore[assignment]
+            if isinstance(given["scaling_policy"], FixedScalingPolicy):
+                given["scaling_policy"] = _Fixed(self.scaling_config)  # type: ignore[arg-type]
+        _Workers.early = self._early
         controller = _Controller(**given)
         asyncio.run(controller.run())
         return controller.get_result()

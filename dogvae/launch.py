@@ -13,7 +13,7 @@ from importlib import import_module
 from threading import Thread
 from typing import Any
 
-from dogvae import cluster, metrics
+from dogvae import cluster, early, metrics
 from dogvae.cluster import Workers
 from dogvae.config import Config, Safety
 from dogvae.console import Progress, RunFailed, UsageError, clock, stop_signals
@@ -44,9 +44,9 @@ def launch(config: Config, storage: Storage, workers: Workers, safety: Safety, v
     and RunFailed as the workers do, RunFailed if lost nodes are not back after `safety.node_patience_s`, and Ray's
     TrainingFailedError when more than `safety.max_failures` workers were lost.
     """
-    hub = make_hub()
     with stop_signals() as received, Progress("training", plain_interval_s=60) as line:
-        fit = start(config, storage, workers, safety, verbose, hub)
+        line.update(0, config.epochs, "starting the workers")
+        hub, fit = start(config, storage, workers, safety, verbose)
         _watch(hub, fit, received, line, config, workers, safety)
     how, message = fit.result()
     if how == "mistake":
@@ -62,30 +62,36 @@ def start(
     workers: Workers,
     safety: Safety,
     verbose: bool,
-    hub: Any,
     wants_saved: bool = False,
-) -> Future[tuple[str, str]]:
-    """Begin training in the background. `hub` is told what happens; the result is how it ended: see `worker.work`.
+) -> tuple[Any, Future[tuple[str, str]]]:
+    """Begin training in the background. Returns the hub that is told what happens, and how it will have ended: see
+    `worker.work`.
 
     With `wants_saved` an epoch is on the storage before it is told.
     """
+    started = None if isinstance(workers.count, tuple) else early.start(workers)  # else Ray Train says how many
+
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     from dogvae.controller import Failures, Torch, Trainer
 
+    hub = make_hub()  # only now, as its process would hold up theirs
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault(START_TIMEOUT, "10" if isinstance(workers.count, tuple) else "30")
-    if cluster.is_one_machine():  # no node will go and leave others behind
+    one_machine = cluster.is_one_machine()
+    if one_machine:  # no node will go and leave others behind
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     place, mark, options = storage.uri.partition("?")  # options of an object store, as pyarrow takes them
     head, _, name = place.rpartition("/")
     # At run time these are Train V2's classes, which keep what the workers return; type checkers see V1's.
     trainer = Trainer(
+        started,
+        one_machine,
         _work,
         train_loop_config={
             "config": config, "run": storage.uri, "hub": hub, "threads": workers.cpus, "safety": safety,
-            "wants_saved": wants_saved,
+            "wants_saved": wants_saved, "nodes_may_go": not one_machine,
         },
         backend_config=Torch(workers.gpu, cluster.network_settings()),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
@@ -104,7 +110,7 @@ def start(
         ),
     )  # fmt: skip
     fit: Any = trainer.fit
-    return in_background(lambda: fit().return_value)
+    return hub, in_background(lambda: fit().return_value)
 
 
 def _watch(
@@ -115,7 +121,6 @@ def _watch(
 
     last, stopping = "", False
     began = heard = looked = time.monotonic()
-    line.update(0, config.epochs, "starting the workers")
     lacking: float | None = None  # since when there are too few nodes
     importing = Thread(target=import_module, args=("dogvae.export",))  # torch, which the end of a run needs here
     while True:

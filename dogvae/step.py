@@ -12,7 +12,9 @@ import math
 import os
 import shutil
 import socket
-from contextlib import suppress
+import sys
+from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +33,27 @@ from dogvae.norm import SyncBatchNorm
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 NOISE = 2  # what a draw is for, so that no two purposes share their random numbers (1: augmentation, 3: validation)
+
+
+class _EagerDDP(DistributedDataParallel):
+    """DDP for a network that is not compiled, without torch's compiler: its import takes longer than that of torch.
+
+    DDP asks it in which way it works together with compiled networks, and hides itself from it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        is_there = "torch._dynamo" in sys.modules
+        if not is_there:
+            utils = SimpleNamespace(get_optimize_ddp_mode=lambda: "no_optimization")
+            torch._dynamo = SimpleNamespace(utils=utils)  # type: ignore[assignment]
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if not is_there:
+                del torch._dynamo
+
+    def _inside_ddp_forward(self) -> Any:
+        return nullcontext()
 
 
 class Trainer:
@@ -55,7 +78,7 @@ class Trainer:
         self.net: Any = self.model
         if self.world_size > 1:
             devices = [device] if device.type == "cuda" else None
-            self.net = DistributedDataParallel(
+            self.net = (DistributedDataParallel if config.compile == "on" else _EagerDDP)(
                 self.model,
                 device_ids=devices,
                 gradient_as_bucket_view=True,

@@ -26,8 +26,8 @@ GROUP_TIMEOUT_S = 300  # a worker that answers no more for so long is lost; a de
 class _RayObserver(Observer):
     """Talks to the hub, without ever waiting for it."""
 
-    def __init__(self, hub: Any, rank: int, wants_saved: bool) -> None:
-        self._hub, self._rank, self.wants_saved = hub, rank, wants_saved
+    def __init__(self, hub: Any, rank: int, wants_saved: bool, nodes_may_go: bool) -> None:
+        self._hub, self._rank, self.wants_saved, self._nodes_may_go = hub, rank, wants_saved, nodes_may_go
         self._told = self._asked = 0.0
         self._answer: Any = None
         self._stopping = False
@@ -54,7 +54,7 @@ class _RayObserver(Observer):
         return self._stopping
 
     def preempted(self) -> bool:
-        return ray.train.get_preemption_info() is not None
+        return self._nodes_may_go and ray.train.get_preemption_info() is not None
 
 
 def join(network: dict[str, str], gpu: bool, address: str, rank: int, world_size: int) -> None:
@@ -80,7 +80,8 @@ def leave() -> None:
 def work(settings: dict[str, Any]) -> tuple[str, str]:
     """Train; returns how it ended: an error that is returned, not raised, is not retried."""
     torch.set_num_threads(settings["threads"])
-    observer = _RayObserver(settings["hub"], ray.train.get_context().get_world_rank(), settings["wants_saved"])
+    rank = ray.train.get_context().get_world_rank()
+    observer = _RayObserver(settings["hub"], rank, settings["wants_saved"], settings["nodes_may_go"])
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -66,10 +66,8 @@ def write_dataset(tmp_path: Path) -> WriteDataset:
 
 def start_ranks(work: Callable[..., None], world_size: int, *args: Any) -> None:
     """Run `work(rank, *args)` in a process for each rank, and wait for all; raises what one of them raised."""
-    # Forked from a clean server, which alone imports torch, and what DistributedDataParallel imports (4 s).
-    multiprocessing.set_forkserver_preload(
-        ["pytest", "torch.distributed", "torch._dynamo", "dogvae.train", "tensorboardX"]
-    )
+    # Forked from a clean server, which alone imports torch.
+    multiprocessing.set_forkserver_preload(["pytest", "torch.distributed", "dogvae.train", "tensorboardX"])
     mp.start_processes(work, args, nprocs=world_size, start_method="forkserver")
 
 

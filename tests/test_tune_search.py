@@ -101,7 +101,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A made-up cluster."""
-    monkeypatch.setattr(cluster, "connect", lambda address, verbose, meanwhile="": "Ray at nowhere")
+    monkeypatch.setattr(cluster, "connect", lambda address, verbose, environments=False: "Ray at nowhere")
     monkeypatch.setattr(cluster, "_autoscaler_limits", lambda: None)
     monkeypatch.setattr(ray, "nodes", lambda: [node(CPU=2.0)])
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})

@@ -107,7 +107,7 @@ def search(args: argparse.Namespace) -> int:
     from tune.search import run, scheduler_of  # Ray Tune: seconds
 
     scheduler_of(plan)  # its mistakes are told before anything is written
-    say(cluster.connect(args.address, args.verbose))
+    say(cluster.connect(args.address, args.verbose, environments=True))
     if args.resume is None and args.gpus_per_trial is None:
         plan = replace(plan, gpus=float(cluster.has_gpus()))
     at_once = cluster.most_slots(plan.cpus, plan.gpus) // plan.workers

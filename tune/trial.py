@@ -22,7 +22,6 @@ from dogvae.checkpoint import Checkpoints
 from dogvae.cluster import Workers
 from dogvae.config import Config, Safety
 from dogvae.console import RunFailed, UsageError
-from dogvae.hub import make_hub
 from dogvae.launch import start
 from dogvae.runs import CHECKPOINTS, save_config
 from dogvae.storage import Storage
@@ -139,9 +138,8 @@ def _distributed(job: Job, config: Config, storage: Storage, observer: _TuneObse
     """Ray Train within the trial: what its workers tell goes to Tune."""
     import ray
 
-    hub = make_hub()
     workers = Workers(job.workers, gpu=bool(job.gpus), cpus=job.cpus)
-    fit = start(config, storage, workers, Safety(), verbose=False, hub=hub, wants_saved=True)
+    hub, fit = start(config, storage, workers, Safety(), verbose=False, wants_saved=True)
     asked = False
     while True:
         ended = fit.done()
