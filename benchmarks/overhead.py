@@ -9,8 +9,9 @@ as well; the stages before it from the command's own lines:
 
     imports    a process that imports what the command does, and ends (measured beside it)
     Ray        the rest, until the command says what it is attached to
-    launch     until it says what it trains on: dataset, folder of the run, Ray Train's imports
-    workers    until the first step: the workers' processes, their imports, their group, checksums, the network
+    launch     until it says what it trains on: dataset, folder of the run
+    workers    until the first step: the workers' processes, their imports (and Ray Train's in the command, meanwhile),
+               their group, checksums, the network
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from dogvae.shards import MANIFEST, UPLOADING, Row, appearing, existing, write_d
 from dogvae.sources import open_source
 from dogvae.storage import Storage, cache_folder
 
-BATCH_PHOTOS, BATCH_BYTES = 64, 8 * 2**20  # of one task: about 60 ms, much more than Ray takes to start it
+BATCH_PHOTOS, BATCH_BYTES = 32, 8 * 2**20  # of one task: about 30 ms, much more than Ray takes to start it
 
 UPLOADS = 4  # files at once
 STAGED = "prepared"  # in the cache: what is not yet uploaded
