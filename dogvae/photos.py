@@ -76,23 +76,44 @@ class Entry:
     mtime_ns: int = 0
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A photo that is still to be read, by whoever decodes it."""
+
+    entry: Entry
+    boxes: Boxes = ()
+
+    def read(self) -> Photo | Rejected:
+        """It, or why it cannot be read."""
+        try:
+            return Photo(self.entry.path, _read(self.entry, MAX_BYTES), self.boxes)
+        except READ_ERRORS as error:
+            return Rejected(self.entry.path, why(error))
+
+
 class Source:
-    """Iterate for `Photo | Rejected`. `share` (0 to 1) is how much of it the iteration has handed out so far."""
+    """Iterate for `Photo | Rejected`. `share` (0 to 1) is how much of it the iteration has handed out so far.
+
+    Once `unread` is set, by someone who can read the source's files in other processes too, a folder gives `Unread`.
+    """
 
     kind: str
     name: str
     share: float = 0.0
+    unread: bool = False
 
     def signature(self) -> str:
         """A cheap fingerprint: changes with the listing, sizes or times of the source; reads no photo."""
         raise NotImplementedError
 
-    def __iter__(self) -> Iterator[Photo | Rejected]:
+    def __iter__(self) -> Iterator[Photo | Unread | Rejected]:
         raise NotImplementedError
 
 
 class FileSource(Source):
     """What a folder and an archive share: which files are photos, and which bounding boxes belong to them."""
+
+    apart = False  # whether each photo is a file of its own
 
     def __init__(self, path: str, crop: str) -> None:
         self.name, self._path, self._crop = os.path.abspath(path), path, crop
@@ -106,15 +127,16 @@ class FileSource(Source):
         text = f"{os.path.basename(self.name)}\0{status.st_size}\0{status.st_mtime_ns}"
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
-    def __iter__(self) -> Iterator[Photo | Rejected]:
+    def __iter__(self) -> Iterator[Photo | Unread | Rejected]:
         boxes = self._boxes() if self._crop == "box" else None
         for entry in self.entries():
             if isinstance(entry, Rejected):
                 yield entry
             elif not _is_annotation(entry.path):
-                yield self._photo(entry, boxes)
+                photo = self._photo(entry, boxes)
+                yield photo if isinstance(photo, Rejected) or (self.unread and self.apart) else photo.read()
 
-    def _photo(self, entry: Entry, boxes: dict[str, dict[str, Boxes | str]] | None) -> Photo | Rejected:
+    def _photo(self, entry: Entry, boxes: dict[str, dict[str, Boxes | str]] | None) -> Unread | Rejected:
         path = PurePosixPath(entry.path)
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             return Rejected(entry.path, f"suffix {path.suffix!r} is not an image's")
@@ -126,10 +148,7 @@ class FileSource(Source):
             found = candidates.get(path.parent.name, only)
         if isinstance(found, str):
             return Rejected(entry.path, found)
-        try:
-            return Photo(entry.path, _read(entry, MAX_BYTES), found)
-        except READ_ERRORS as error:
-            return Rejected(entry.path, why(error))
+        return Unread(entry, found)
 
     def _boxes(self) -> dict[str, dict[str, Boxes | str]]:
         """name without suffix -> folder's name -> boxes, or the reason why there are none."""

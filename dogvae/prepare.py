@@ -18,11 +18,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dogvae.cluster import connect
+from dogvae.cluster import connect, is_one_machine
 from dogvae.config import CROPS, IMAGE_SIZES
 from dogvae.console import Progress, UsageError, say
 from dogvae.decode import crops
-from dogvae.photos import Photo, Rejected, Source
+from dogvae.photos import Photo, Rejected, Source, Unread
 from dogvae.shards import MANIFEST, UPLOADING, Row, appearing, existing, write_dataset
 from dogvae.sources import open_source
 from dogvae.storage import Storage, cache_folder
@@ -32,7 +32,7 @@ BATCH_PHOTOS, BATCH_BYTES = 32, 8 * 2**20  # of one task: about 30 ms, much more
 UPLOADS = 4  # files at once
 STAGED = "prepared"  # in the cache: what is not yet uploaded
 
-Batch = list["Photo | Rejected"]
+Batch = list["Photo | Unread | Rejected"]
 
 
 def prepare(
@@ -185,7 +185,8 @@ def _must_match(
 def decode_batch(batch: Batch, size: int) -> list[Row]:
     """What a task does: the rows of each photo, in order."""
     rows = []
-    for photo in batch:
+    for given in batch:
+        photo = given.read() if isinstance(given, Unread) else given
         if isinstance(photo, Rejected):
             rows.append(Row(photo.path, None, b"", photo.reason))
             continue
@@ -214,6 +215,8 @@ class _Decoding:
         connect()  # only now: a source that turns out to be wrong should not first wait for Ray
         import ray
 
+        # What is read there need not be sent there. Other machines may not have the source's files.
+        self._source.unread = is_one_machine()
         # A task that dies is not retried as it is: one photo may have killed it, and `_result` finds out which.
         decode = ray.remote(num_cpus=1, max_retries=0)(decode_batch)
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -248,7 +251,8 @@ class _Decoding:
             rows: list[Row] = ray.get(task)
         except (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError):
             if alone:
-                return [Row(batch[0].path, None, b"", "its decoder crashed")]
+                path = batch[0].entry.path if isinstance(batch[0], Unread) else batch[0].path
+                return [Row(path, None, b"", "its decoder crashed")]
             rows = []
             for photo in batch:
                 rows += self._result(decode, decode.remote([photo], self._size), [photo], alone=True)
@@ -260,7 +264,9 @@ def _batches(source: Source) -> Iterator[Batch]:
     used = 0
     for photo in source:
         batch.append(photo)
-        if isinstance(photo, Photo) and isinstance(photo.data, bytes):
+        if isinstance(photo, Unread):
+            used += photo.entry.size
+        elif isinstance(photo, Photo) and isinstance(photo.data, bytes):
             used += len(photo.data)
         if len(batch) == BATCH_PHOTOS or used >= BATCH_BYTES:
             yield batch

@@ -42,6 +42,7 @@ class _Drawn(Source):
 
 class _Folder(FileSource):
     kind = "folder"
+    apart = True
     _count = 0
 
     def signature(self) -> str:
@@ -58,7 +59,7 @@ class _Folder(FileSource):
         done, todo = 0, [""]
         while todo:
             path = todo.pop()
-            where = os.path.join(self._path, path)
+            where = os.path.join(self.name, path)
             try:
                 status = os.stat(where)
                 if stat.S_ISDIR(status.st_mode):

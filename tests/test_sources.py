@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import socket
 import stat
 import subprocess
@@ -123,6 +124,22 @@ def test_too_large_is_never_read(tmp_path: Path) -> None:
     with (tmp_path / "huge.jpg").open("wb") as file:
         file.truncate(photos.MAX_BYTES + 1)  # sparse
     assert read(tmp_path)[1] == {"huge.jpg": "over 256 MB"}
+
+
+def test_photos_of_a_folder_may_be_read_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dogs = {"a.jpg": b"1", "empty.gif": b"", "notes.txt": b"x"}
+    monkeypatch.chdir(tree(tmp_path / "dogs", dogs))
+    now = list(open_source("."))
+    source = open_source(".")
+    source.unread = True
+    items = pickle.dumps(list(source))
+    monkeypatch.chdir("/")
+    later = pickle.loads(items)
+    assert [isinstance(item, photos.Unread) for item in later] == [True, True, False]
+    assert [item.read() if isinstance(item, photos.Unread) else item for item in later] == now
+    archive = open_source(str(make_zip(tmp_path / "dogs.zip", dogs)))
+    archive.unread = True  # of no use: its photos are one file
+    assert sorted(archive, key=str) == sorted(now, key=str)
 
 
 def test_signature_changes_with_names_sizes_and_times_only(tmp_path: Path) -> None:
