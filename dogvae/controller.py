@@ -1,8 +1,8 @@
 """Ray Train's trainer for `worker.work`, without what only its other users' jobs need.
 
 Each process that it would start more takes seconds of every start and every recovery, nearly all of them imports. So
-the controller runs here, not in an actor; workers are processes that Ray has ready; and only they import torch. How
-they find each other is as in ray.train.torch.
+the controller runs here, not in an actor; the first workers have been started before (early.py); and only they import
+torch. How they find each other is as in ray.train.torch.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class _Workers(WorkerGroup):
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
-        return {}  # with settings of their own they would not get the processes that Ray has ready
+        # With settings of their own they would not get the processes that a cluster has ready, and on one machine there
+        # is nobody to make such a process: `cluster._lean_node`.
+        return {}
 
     def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
         self._taken, _Workers.early = _Workers.early, None

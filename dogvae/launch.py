@@ -1,7 +1,7 @@
 """A training by Ray Train from the command's side: starting it, its progress on the console, stopping it, its failures.
 
 Without torch: the command does not need it until the end, and would take seconds to import it while the workers do. Ray
-Train's trainer is in controller.py, what the workers run in worker.py.
+Train's trainer is in controller.py, what the workers run in worker.py, and how they are there so soon in early.py.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ def test_one_run_through_all_that_may_happen(
     run = Storage(runs) / "run"
     command = start("--runs", runs, *flags(config))
     command.wait_for(r"epoch 3/")
+    assert len(command.workers("EarlyRayTrainWorker")) == 2  # begun before Ray Train was there
     command.workers()[-1].kill()
     killed = time.monotonic()
     command.wait_for(r"worker \d: .*Going on from the last checkpoint")
