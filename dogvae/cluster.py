@@ -84,10 +84,10 @@ def _lean_node(verbose: bool, environments: bool) -> Iterator[None]:
 
     # A raylet insists on two agents, waits until each has told its ports, and dies if they do. `cat` ends with the
     # raylet, as they do; -1 is what an agent tells that does not serve a port.
-    absent = ["dashboard_agent_command=cat", "metrics_agent_port=-1", "metrics_export_port=-1"]
-    absent += ["dashboard_agent_listen_port=-1", "num_prestart_python_workers=0"]
-    absent += [] if environments else ["runtime_env_agent_command=cat", "runtime_env_agent_port=-1"]
-    absent = [f"--{setting}" for setting in absent]
+    absent = ["--dashboard_agent_command=cat", "--metrics_agent_port=-1", "--metrics_export_port=-1"]
+    absent += ["--dashboard_agent_listen_port=-1", "--num_prestart_python_workers=0"]
+    if not environments:
+        absent += ["--runtime_env_agent_command=cat", "--runtime_env_agent_port=-1"]
     usual, start_process = node.Node, services.start_ray_process
     node.Node, services.start_ray_process = Node, start  # type: ignore[misc]
     try:

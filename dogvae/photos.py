@@ -83,6 +83,11 @@ class Unread:
     entry: Entry
     boxes: Boxes = ()
 
+    @property
+    def path(self) -> str:
+        """As the photo's."""
+        return self.entry.path
+
     def read(self) -> Photo | Rejected:
         """It, or why it cannot be read."""
         try:

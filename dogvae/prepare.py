@@ -251,8 +251,7 @@ class _Decoding:
             rows: list[Row] = ray.get(task)
         except (WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError):
             if alone:
-                path = batch[0].entry.path if isinstance(batch[0], Unread) else batch[0].path
-                return [Row(path, None, b"", "its decoder crashed")]
+                return [Row(batch[0].path, None, b"", "its decoder crashed")]
             rows = []
             for photo in batch:
                 rows += self._result(decode, decode.remote([photo], self._size), [photo], alone=True)
