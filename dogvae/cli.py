@@ -27,7 +27,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     prepare = commands.add_parser("prepare", help="turn photos into a dataset of small square images")
-    prepare.add_argument("source", help="a folder, a .zip or .tar(.gz), oxford-pets[:DIR], or drawn:COUNT[:SEED]")
+    prepare.add_argument(
+        "source",
+        help="a folder, a .zip or .tar(.gz), oxford-pets[:DIR], or drawn by the program: drawn:COUNT, portraits:COUNT",
+    )
     prepare.add_argument("out", help="the dataset's folder, made by this command, or s3:// and the like")
     prepare.add_argument("--size", type=int, default=64, help=f"side in pixels, of {IMAGE_SIZES} (default: 64)")
     prepare.add_argument("--crop", default="center", help=f"one of {CROPS}; box cuts annotated dogs (default: center)")

@@ -33,8 +33,8 @@ def training_parser(description: str | None) -> Parser:
     run = top.add_argument_group("run")
     run.add_argument(
         "--data",
-        help="a folder or archive of photos, oxford-pets, drawn:COUNT, or a prepared dataset, also s3:// and the like "
-        "(default: drawn dogs)",
+        help="a folder or archive of photos, oxford-pets, drawn:COUNT, portraits:COUNT, or a prepared dataset, also "
+        "s3:// and the like (default: portraits:2000)",
     )
     add_runs(run)
     run.add_argument("--name", help="the run's name (default: from the data and the time)")

@@ -36,17 +36,18 @@ ANNOTATION_ERRORS: tuple[type[Exception], ...] = (*READ_ERRORS, ElementTree.Pars
 class Drawing:
     """A drawn dog before it is drawn: drawing costs a CPU, so the workers do it."""
 
+    kind: str  # "drawn", or "portraits"
     index: int
     seed: int
 
     def __str__(self) -> str:
-        return f"drawn:{self.index}:{self.seed}"
+        return f"{self.kind}:{self.index}:{self.seed}"
 
     def draw(self, size: int) -> Image.Image:
         """The picture, RGB, `size` x `size` pixels."""
         from dogvae.drawn import draw
 
-        return draw(self.index, self.seed, size)
+        return draw(self.index, self.seed, size, posed=self.kind == "portraits")
 
 
 @dataclass(frozen=True)

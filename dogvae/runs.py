@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 CACHE = ".datasets"  # below the runs, hidden: no run can be called so
-DRAWN = "drawn:2000"  # what a run without --data learns from
+DRAWN = "portraits:2000"  # what a run without --data learns from
 
 
 def default_name(data: str) -> str:

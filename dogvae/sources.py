@@ -20,14 +20,16 @@ from dogvae.storage import cache_folder
 
 __all__ = ["Box", "Drawing", "Photo", "Rejected", "Source", "open_source"]
 
-ACCEPTED = "a folder, a .zip, .tar, .tar.gz or .tgz, oxford-pets[:FOLDER], or drawn:COUNT[:SEED]"
+DRAWN_KINDS = ("drawn", "portraits")
+ACCEPTED = (
+    "a folder, a .zip, .tar, .tar.gz or .tgz, oxford-pets[:FOLDER], drawn:COUNT[:SEED], or portraits:COUNT[:SEED]"
+)
 
 
 class _Drawn(Source):
-    kind = "drawn"
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.name = f"drawn:{count}:{seed}"
+    def __init__(self, kind: str, count: int, seed: int) -> None:
+        self.kind = kind
+        self.name = f"{kind}:{count}:{seed}"
         self._count, self._seed = count, seed
 
     def signature(self) -> str:
@@ -36,7 +38,7 @@ class _Drawn(Source):
     def __iter__(self) -> Iterator[Photo]:
         for index in range(self._count):
             self.share = index / self._count
-            drawing = Drawing(index, self._seed)
+            drawing = Drawing(self.kind, index, self._seed)
             yield Photo(str(drawing), drawing)
 
 
@@ -102,8 +104,8 @@ def open_source(spec: str, crop: str = "center") -> Source:
     """Open what SOURCE names. Raises `UsageError` if it is not there, not one of the accepted kinds, or empty."""
     kind, _, rest = spec.partition(":")
     source: FileSource
-    if spec.startswith("drawn:"):
-        return _open_drawn(rest, crop)
+    if ":" in spec and kind in DRAWN_KINDS:
+        return _open_drawn(kind, rest, crop)
     if kind == "oxford-pets":
         source = _open_pets(os.path.expanduser(rest) or str(cache_folder() / "oxford-pets"), crop)
     elif os.path.isdir(spec):
@@ -121,13 +123,13 @@ def open_source(spec: str, crop: str = "center") -> Source:
     return source
 
 
-def _open_drawn(rest: str, crop: str) -> Source:
+def _open_drawn(kind: str, rest: str, crop: str) -> Source:
     count, _, seed = rest.partition(":")
     if not (count.isdecimal() and int(count) and (seed or "0").isdecimal()):
-        raise UsageError(f"SOURCE 'drawn:{rest}' is not drawn:COUNT or drawn:COUNT:SEED, as in drawn:5000:0")
+        raise UsageError(f"SOURCE '{kind}:{rest}' is not {kind}:COUNT or {kind}:COUNT:SEED, as in {kind}:5000:0")
     if crop == "box":
         raise UsageError("--crop box needs annotations, and drawn dogs have none; use --crop center")
-    return _Drawn(int(count), int(seed or 0))
+    return _Drawn(kind, int(count), int(seed or 0))
 
 
 def _open_pets(folder: str, crop: str) -> FileSource:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dogvae.drawn import draw, layer, placed
-from dogvae.drawn.breeds import BREEDS, POSES, cast
+from dogvae.drawn import draw, extent, layer, placed
+from dogvae.drawn.breeds import BREEDS, POSES, cast, portrait
 from dogvae.drawn.ink import Dice, Shape, curve, ellipse, fluffy, limb, swollen
 from dogvae.drawn.scenes import SCENES
 
@@ -42,6 +42,19 @@ def test_the_choices_are_pinned() -> None:
     # Not the pixels: Pillow's rasteriser may change. The dice may not, or everybody's default dataset changes.
     chosen = [(cast(i).breed.name, cast(i).pose, cast(i).left) for i in range(3)]
     assert chosen == [("collie", "playing", False), ("terrier", "sitting", True), ("collie", "playing", True)]
+
+
+def test_a_portrait_is_of_the_same_dog_from_the_front() -> None:
+    middles = []
+    for i in range(60):
+        dog, posed = cast(i), portrait(cast(i))
+        assert (posed.breed, posed.coat, posed.scene, posed.collar) == (dog.breed, dog.coat, dog.scene, dog.collar)
+        low, high = extent(placed(posed)[1])  # of the head
+        assert (low >= 0.04).all()
+        assert (high <= 0.96).all()
+        middles.append((low + high) / 2)
+    assert np.std(middles, axis=0).max() < 1e-6  # all heads are in one place
+    assert (np.asarray(draw(1, 0, 64, posed=True)) != np.asarray(draw(1, 0, 64))).any()
 
 
 def test_no_two_dogs_look_alike(dogs_nhwc: np.ndarray) -> None:

@@ -51,7 +51,7 @@ def test_first_command_trains_on_drawn_dogs_in_minutes(checkout: Path) -> None:
     done = shell(command, checkout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert time.monotonic() - started < 300  # "in two or three minutes on two cores", if nothing else runs on them
-    (export,) = (checkout / "runs").glob("drawn-*/export")
+    (export,) = (checkout / "runs").glob("portraits-*/export")
     assert (export / "preview.png").exists()
     assert str(export) in done.stdout
     assert "epoch 8/8" in done.stdout + done.stderr

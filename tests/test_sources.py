@@ -18,6 +18,7 @@ import pytest
 
 from dogvae import photos
 from dogvae.console import UsageError
+from dogvae.drawn import draw
 from dogvae.sources import Drawing, Photo, Rejected, open_source
 
 BOX = "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
@@ -269,6 +270,8 @@ def test_what_is_no_source(tmp_path: Path) -> None:
         "drawn:0": "as in drawn:5000:0",
         "drawn:x": "as in drawn:5000:0",
         "drawn:5:-1": "as in drawn:5000:0",
+        "drawn:": "as in drawn:5000:0",
+        "portraits:x": "as in portraits:5000:0",
         "/dev/null": "is not of a known kind",
     }.items():
         with pytest.raises(UsageError, match=message):
@@ -372,11 +375,13 @@ def test_oxford_pets_without_internet(tmp_path: Path, monkeypatch: pytest.Monkey
         open_source(f"oxford-pets:{tmp_path}")
 
 
-def test_drawn_dogs_are_not_drawn_yet() -> None:
-    source = open_source("drawn:3:7")
-    assert [p.data for p in source if isinstance(p, Photo)] == [Drawing(i, 7) for i in range(3)]
-    assert source.signature() == open_source("drawn:3:7").signature() != open_source("drawn:3").signature()
-    assert Drawing(1, 7).draw(32).size == (32, 32)
+@pytest.mark.parametrize("kind", ["drawn", "portraits"])
+def test_drawn_dogs_are_not_drawn_yet(kind: str) -> None:
+    source = open_source(f"{kind}:3:7")
+    assert [p.data for p in source if isinstance(p, Photo)] == [Drawing(kind, i, 7) for i in range(3)]
+    assert source.signature() == open_source(f"{kind}:3:7").signature() != open_source(f"{kind}:3").signature()
+    assert Drawing(kind, 1, 7).draw(32) == draw(1, 7, 32, posed=kind == "portraits")
+    assert open_source("portraits:3:7").signature() != open_source("drawn:3:7").signature()
 
 
 def test_share_grows_to_the_end(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def parser() -> flags.Parser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     search = commands.add_parser("search", help="try settings side by side, and export the best model")
     search.add_argument(
-        "--data", help="photos or a prepared dataset, as for train_distributed.py (default: drawn dogs)"
+        "--data", help="photos or a prepared dataset, as for train_distributed.py (default: portraits:2000)"
     )
     search.add_argument("--name", help="the search's name (default: from the data and the time)")
     search.add_argument("--resume", metavar="NAME", help="go on with that search; --trials may be raised")

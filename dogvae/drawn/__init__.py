@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from dogvae.drawn.bodies import body
-from dogvae.drawn.breeds import Dog, cast
+from dogvae.drawn.breeds import Dog, cast, portrait
 from dogvae.drawn.heads import head
 from dogvae.drawn.ink import Dice, Points, Shape, ink
 from dogvae.drawn.scenes import TOY_SHAPES, backdrop
@@ -19,9 +19,13 @@ GRID = 48  # light and shadow are soft: they are worked out on a grid this small
 RIM = 0.0055  # width of outlines, share of the picture
 
 
-def draw(index: int, seed: int = 0, size: int = 256) -> Image.Image:
-    """The dog number `index` (>= 0) of the series `seed` (>= 0), RGB, `size` x `size` pixels (size >= 16)."""
-    return paint(cast(index, seed), size)
+def draw(index: int, seed: int = 0, size: int = 256, posed: bool = False) -> Image.Image:
+    """The dog number `index` (>= 0) of the series `seed` (>= 0), RGB, `size` x `size` pixels (size >= 16).
+
+    As it happens to be in its picture, or `posed` for a portrait, all from the same side.
+    """
+    dog = cast(index, seed)
+    return paint(portrait(dog) if posed else dog, size)
 
 
 def paint(dog: Dog, size: int) -> Image.Image:
