@@ -38,6 +38,7 @@ SLIDERS = 12  # principal directions on the page
 MOST_BYTES = 20 << 20  # of an upload
 PIECE = 4  # pictures that are decoded before others have their turn
 MOST_SAMPLES, MOST_STOPS, MOST_STEPS = 64, 8, 64
+EVERYWHERE = ("0.0.0.0", "::")  # to listen at, but no browser can go there
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 POLICY = (  # the page needs nothing from elsewhere, and no other page may frame it
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -219,7 +220,8 @@ def serve(export: str, device: str | None, host: str, port: int) -> int:
             # Otherwise a page from elsewhere could reach this server by a name of its own that means 127.0.0.1.
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        address = f"[{host}]" if ":" in host else host
+        name = socket.gethostname() if host in EVERYWHERE else host
+        address = f"[{name}]" if ":" in name else name
         say(f"playground  http://{address}:{listener.getsockname()[1]}")
         if host not in LOOPBACK:
             say(f"listening on {host}: whoever can reach this machine can use the page, and upload photos to it")
