@@ -36,9 +36,9 @@ ANNOTATION_ERRORS: tuple[type[Exception], ...] = (*READ_ERRORS, ElementTree.Pars
 class Drawing:
     """A drawn dog before it is drawn: drawing costs a CPU, so the workers do it."""
 
-    kind: str  # "drawn", or "portraits"
     index: int
     seed: int
+    kind: str = "drawn"  # or "portraits"
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.index}:{self.seed}"

@@ -38,7 +38,7 @@ class _Drawn(Source):
     def __iter__(self) -> Iterator[Photo]:
         for index in range(self._count):
             self.share = index / self._count
-            drawing = Drawing(self.kind, index, self._seed)
+            drawing = Drawing(index, self._seed, self.kind)
             yield Photo(str(drawing), drawing)
 
 

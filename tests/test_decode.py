@@ -155,7 +155,7 @@ def test_boxes_are_cut_before_resizing_and_clipped() -> None:
 
 
 def test_drawing() -> None:
-    [(_, pixels)] = crops(Photo("x", Drawing("drawn", 0, 0)), 64)
+    [(_, pixels)] = crops(Photo("x", Drawing(0, 0)), 64)
     assert isinstance(pixels, np.ndarray)
     assert pixels.shape == (3, 64, 64)
     assert len(np.unique(pixels)) > 20

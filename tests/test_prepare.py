@@ -363,7 +363,7 @@ def test_loser_of_a_race_with_other_settings_is_told(tmp_path: Path) -> None:
             write(tmp_path / "out", self._items)
             return iter(self._items)
 
-    loser = Overtaken([Photo(str(i), Drawing("drawn", i, 0)) for i in range(4)])
+    loser = Overtaken([Photo(str(i), Drawing(i, 0)) for i in range(4)])
     with pytest.raises(UsageError, match="--size 32, not 64"):
         module._prepare(loser, "0", tmp_path / "out", SETTINGS | {"size": 64}, None)
     assert json.loads((tmp_path / "out/manifest.json").read_text())["size"] == 32

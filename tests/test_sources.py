@@ -378,9 +378,9 @@ def test_oxford_pets_without_internet(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kind", ["drawn", "portraits"])
 def test_drawn_dogs_are_not_drawn_yet(kind: str) -> None:
     source = open_source(f"{kind}:3:7")
-    assert [p.data for p in source if isinstance(p, Photo)] == [Drawing(kind, i, 7) for i in range(3)]
+    assert [p.data for p in source if isinstance(p, Photo)] == [Drawing(i, 7, kind) for i in range(3)]
     assert source.signature() == open_source(f"{kind}:3:7").signature() != open_source(f"{kind}:3").signature()
-    assert Drawing(kind, 1, 7).draw(32) == draw(1, 7, 32, posed=kind == "portraits")
+    assert Drawing(1, 7, kind).draw(32) == draw(1, 7, 32, posed=kind == "portraits")
     assert open_source("portraits:3:7").signature() != open_source("drawn:3:7").signature()
 
 
