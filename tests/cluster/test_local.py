@@ -64,7 +64,7 @@ class Lab:
         host.ssh("mkdir -p ~/.ray")
         for what in ("code", ".ray/auth_token", ".bashrc", ".dogvae-env"):
             head.ssh(f"scp -i ~/ray_bootstrap_key.pem {quiet} -r ~/{what} {host.address}:~/{what}")
-        # Ray gives a node 30 seconds, which two cores that train meanwhile may not have: then one types it again.
+        # Ray gives a node 30 seconds, which two busy cores may not have: docs/cluster.md says what then.
         start = f"ray start --address={head.address}:6379"
         host.ssh(f"export RAY_AUTH_MODE=token; {start} || (ray stop --force; {start})")
 
