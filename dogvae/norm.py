@@ -43,8 +43,10 @@ class _Normalize(torch.autograd.Function):
         sums = torch.zeros((ctx.groups, 2, len(weight)), dtype=torch.float64, device=x.device)  # of dy * x_hat, and dy
         for total, part, dy, (m, v) in zip(sums, xs, dys, stats, strict=True):
             if len(part):
+                # CUDA's kernel takes the inverse standard deviation wherever it is given; the CPU's computes its own.
+                invstd = (v + ctx.eps).rsqrt()
                 _, *mine = torch.ops.aten.native_batch_norm_backward(
-                    dy, part, weight, m, v, m, v, False, ctx.eps, [False, True, True]
+                    dy, part, weight, m, v, m, invstd, False, ctx.eps, [False, True, True]
                 )
                 total.copy_(torch.stack(mine))
         own = sums.sum(dim=0).to(weight.dtype)

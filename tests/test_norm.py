@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dogvae.norm import SyncBatchNorm
+from dogvae.norm import SyncBatchNorm, _Normalize
 from tests.conftest import start_ranks
 
 CHANNELS = 4
@@ -130,3 +131,38 @@ def test_alone_it_is_torchs() -> None:
     ours = trained(SyncBatchNorm(CHANNELS), 6, slice(0, 6))
     theirs = trained(nn.BatchNorm2d(CHANNELS), 6, slice(0, 6))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def cuda_backward(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[None, Tensor, Tensor]:
+    """`native_batch_norm_backward` as CUDA's kernel computes it: from the inverse standard deviation that it is given.
+
+    aten/src/ATen/native/cuda/Normalization.cu, batch_norm_backward_cuda: only where that is empty does the kernel
+    compute it from the running variance, as the CPU's always does.
+    """
+    _running_mean, _running_var, mean, invstd, _train, _eps, _mask = rest
+    centred = x - mean[:, None, None]
+    return None, (dy * centred).sum((0, 2, 3)) * invstd, dy.sum((0, 2, 3))
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+def test_gradients_by_cudas_kernel(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(torch.ops.aten, "native_batch_norm_backward", cuda_backward)
+        generator = torch.Generator().manual_seed(0)
+        x = scale * torch.randn(8, 16, 9, 9, generator=generator) + 1
+        weight, bias = torch.rand(2, 16, generator=generator)
+        # Correlated with x, as real gradients are: otherwise the part that was wrong is too small to see.
+        gradient = torch.randn(x.shape, generator=generator) + (x - 1) / scale
+
+        def gradients(norm: Any) -> list[Tensor]:
+            leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+            norm(*leaves).backward(gradient.double())
+            return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+        ours = gradients(lambda *leaves: _Normalize.apply(*leaves, 1, 1e-5)[0])
+        theirs = gradients(lambda *leaves: F.batch_norm(leaves[0], None, None, *leaves[1:], training=True, eps=1e-5))
+        for got, expected in zip(ours, theirs, strict=True):
+            assert (got - expected).norm() < 1e-5 * expected.norm()
+    finally:
+        dist.destroy_process_group()
