@@ -48,3 +48,10 @@ def test_everything_that_is_installed_is_pinned_within_its_bounds() -> None:
             if (name, wanted) not in seen and distribution(name).version == PINS[name]:
                 seen.add((name, wanted))
                 waiting += [(Requirement(line), wanted) for line in distribution(name).requires or []]
+
+
+def test_no_ray_is_installed_on_which_nothing_ran() -> None:
+    (ray,) = (Requirement(line) for line in PROJECT["project"]["dependencies"] if line.startswith("ray["))
+    assert PINS["ray"] in ray.specifier
+    major, minor, *_ = Version(PINS["ray"]).release
+    assert f"{major}.{minor + 1}.0" not in ray.specifier
