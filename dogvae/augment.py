@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dogvae.dataset import random_words
+from dogvae import rng
+from dogvae.rng import Stream
 
 FLIP_P = 0.5
 ROTATE_P = 0.3
@@ -25,7 +26,7 @@ def draws(n: int, seed: int, epoch: int, step: int) -> tuple[np.ndarray, np.ndar
 
     0 degrees is no rotation; positive turns counter-clockwise.
     """
-    u = random_words(3 * n, seed, epoch, step, 1).reshape(3, n) / 2.0**64
+    u = rng.words(3 * n, Stream.AUGMENTATION, seed, epoch, step).reshape(3, n) / 2.0**64
     flip = u[0] < FLIP_P
     degrees = np.where(u[1] < ROTATE_P, (2 * u[2] - 1) * MAX_DEGREES, 0.0)
     return flip, degrees.astype(np.float32)

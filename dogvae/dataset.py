@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dogvae import rng
 from dogvae.console import UsageError
 from dogvae.fetch import local_copy
+from dogvae.rng import Stream
 from dogvae.shards import read_manifest, shards_of
 from dogvae.storage import is_uri
 
@@ -26,17 +28,9 @@ if TYPE_CHECKING:
 RESIDENT_SHARE = 0.25  # of the device's free memory: what a dataset may fill before it is streamed instead
 
 
-def random_words(n: int, *key: int) -> np.ndarray:
-    """`n` uint64 words that depend on nothing but `key`: the same on every machine and at every world size.
-
-    Raw Philox output: numpy keeps the streams of bit generators stable over versions, not those of distributions.
-    """
-    return np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
-
-
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation of `n` images in which an epoch sees them, int64."""
-    return np.argsort(random_words(n, seed, epoch), kind="stable")
+    return np.argsort(rng.words(n, Stream.ORDER, seed, epoch), kind="stable")
 
 
 def rank_slice(n: int, rank: int, world_size: int) -> slice:

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dogvae import loss, pictures
-from dogvae.dataset import Batches, Dataset, Split, grey_levels, moments, random_words
+from dogvae import loss, rng
+from dogvae.dataset import Batches, Dataset, Split, grey_levels, moments
 from dogvae.model import VAE
+from dogvae.rng import Stream
 
 VAL_SAMPLES = 4  # posterior samples in validation, whatever a run trains with: any two runs compare
 VAL_CHUNK = 32  # images validated at once; fixed, so that every world size computes the same numbers
 ACTIVE_VARIANCE = 0.01  # Burda, Grosse & Salakhutdinov 2016: a latent is active if its mean varies more than this
-VALIDATION = 3  # what the draws are for; see step.NOISE
 
 
 @torch.inference_mode()
@@ -32,7 +32,7 @@ def evaluate(model: VAE, split: Split, device: torch.device, rank: int = 0, worl
     mine = range(rank, len(chunks), world_size)
     for c, images in zip(mine, Batches(split, device)([chunks[c] for c in mine]), strict=True):
         x = images.float() / 255
-        noise = pictures.normal((VAL_SAMPLES, len(x), *model.latent_shape), int(random_words(1, c, VALIDATION)[0] >> 1))
+        noise = rng.normal((VAL_SAMPLES, len(x), *model.latent_shape), Stream.VALIDATION, c)
         logits, mu, logvar = model(x, noise.to(device))
         table[c, 0] = loss.reconstruction(model.config.likelihood, logits, x, model.log_scale).double().sum()
         table[c, 1] = loss.kl(mu, logvar).double().sum()

@@ -18,13 +18,15 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dogvae import rng
 from dogvae.config import ModelConfig
 from dogvae.console import UsageError
-from dogvae.dataset import Dataset, Split, random_words
+from dogvae.dataset import Dataset, Split
 from dogvae.inputs import Picture, Pictures, pixels
 from dogvae.model import VAE
-from dogvae.pictures import normal, to_uint8
+from dogvae.pictures import to_uint8
 from dogvae.prior import Mixture
+from dogvae.rng import Stream
 from dogvae.storage import Storage
 
 EXPORT_FORMAT, EXPORT_VERSION = "dogvae-export", 2
@@ -35,7 +37,6 @@ BATCH = 256  # latents drawn, and training images encoded, at once
 # How many pictures the network takes at once where a person looks at each: always as many, if need be padded, so that a
 # picture does not depend on those beside it. One is as fast as many on a CPU.
 CHUNK = {"cpu": 1, "cuda": 64}
-NORMAL, CHOICE = 4, 5  # what a draw is for; see step.NOISE
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:
@@ -157,12 +158,12 @@ class DogVAE:
         _check_prior(prior)
         for batch, start in enumerate(range(0, n, BATCH)):
             # Always whole batches, each from numbers of its own: a dog does not depend on how many are asked for.
-            noise_seed, choice_seed = (int(random_words(1, seed, batch, use)[0] >> 1) for use in (NORMAL, CHOICE))
-            noise = normal((BATCH, self.mean.size), noise_seed)
+            noise = rng.normal((BATCH, self.mean.size), Stream.SAMPLE, seed, batch)
             if prior == "normal":
                 z = temperature * noise
             else:
-                uniform = torch.rand(BATCH, generator=torch.Generator().manual_seed(choice_seed))
+                chance = torch.Generator().manual_seed(rng.seed(Stream.COMPONENT, seed, batch))
+                uniform = torch.rand(BATCH, generator=chance)
                 z = self._priors[prior].draw(uniform, noise, temperature)
             yield z[: n - start].reshape(-1, *self.latent_shape).numpy()
 

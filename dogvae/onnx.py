@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dogvae import rng
 from dogvae.console import RunFailed, UsageError, say
 from dogvae.generate import load
 from dogvae.model import VAE
+from dogvae.rng import Stream
 
 OPSET = 18
 TOLERANCE = 1e-3  # how far any output may be from torch's, times the largest output
@@ -42,7 +44,9 @@ def export_onnx(folder: str | Path) -> None:
         raise UsageError(f"--onnx: {folder} is not on a disk of this machine; copy it to one first")
     playing = load(folder, "cpu")
     model = playing.model
-    pictures = torch.rand(2, 3, playing.size, playing.size, generator=torch.Generator().manual_seed(0))
+    pictures = torch.rand(
+        2, 3, playing.size, playing.size, generator=torch.Generator().manual_seed(rng.seed(Stream.EXAMPLE))
+    )
     latents = torch.from_numpy(playing.sample_latents(2))
     made = {}
     try:

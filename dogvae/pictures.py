@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dogvae import rng
 from dogvae.console import UsageError
 from dogvae.model import VAE
+from dogvae.rng import Stream
 from dogvae.storage import Storage
 
 STILL, MOVING, VIDEO, ARRAY = (".png",), (".gif", ".webp"), (".mp4",), (".npy",)
@@ -128,11 +130,6 @@ def save_array(path: Path, batches: Iterator[np.ndarray], n: int) -> None:
             partial.unlink(missing_ok=True)
 
 
-def normal(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Standard normal numbers from a seed, drawn on the CPU so that they are the same for every device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def standard(model: VAE, photos_u8: Tensor, device: torch.device) -> dict[str, np.ndarray]:
     """The three pictures of a run: photos over their reconstructions, samples from N(0, I), a walk between two dogs.
 
@@ -141,7 +138,7 @@ def standard(model: VAE, photos_u8: Tensor, device: torch.device) -> dict[str, n
     x = photos_u8.to(device).float() / 255
     mu, _ = model.encoder(x)
     decoded = to_uint8(model.decode_mean(mu))
-    samples = to_uint8(model.decode_mean(normal((32, *model.latent_shape), seed=0).to(device)))
+    samples = to_uint8(model.decode_mean(rng.normal((32, *model.latent_shape), Stream.PREVIEW).to(device)))
     t = torch.linspace(0, 1, 8, device=device)[:, None, None, None]
     walk = to_uint8(model.decode_mean(torch.lerp(mu[:1], mu[-1:], t)))
     sheets = {

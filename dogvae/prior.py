@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dogvae import rng
+from dogvae.rng import Stream
+
 MOST_IMAGES = 20_000  # of the training split that are fitted to
 MOST_COMPONENTS = 32
 LEAST_IMAGES = 40  # of a component, on average
@@ -64,7 +67,7 @@ def fit(mu_nd: Tensor, var_nd: Tensor, progress: Callable[[str], None] = lambda 
     """One Gaussian, and the mixture whose number of components held-out images prefer, of posteriors N(mu, var)."""
     mu, var = mu_nd.double(), var_nd.double().clamp_min(LEAST_VARIANCE)
     held = torch.arange(len(mu)) % HELD_OUT == 0
-    noise = torch.randn(mu[held].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(mu[held].shape, generator=_chance(Stream.PRIOR), dtype=torch.float64)
     z = mu[held] + var[held].sqrt() * noise.to(mu.device)
 
     def score(components: int, shrinkage: float) -> float:
@@ -130,7 +133,7 @@ def _scatter(offset_nd: Tensor, var_nd: Tensor, share_n: Tensor) -> Tensor:
 
 def _clusters(mu: Tensor, components: int) -> Tensor:
     """Each image wholly to one cluster, (n, k), by k-means from seeds that are far apart (k-means++)."""
-    chance = torch.Generator().manual_seed(0)
+    chance = _chance(Stream.CLUSTERS)
     centres = mu[:1]
     for _ in range(components - 1):
         distance = torch.cdist(mu, centres).amin(dim=1).square().cpu()
@@ -141,3 +144,7 @@ def _clusters(mu: Tensor, components: int) -> Tensor:
         count = share.sum(dim=0)[:, None]
         centres = torch.where(count > 0, (share.T @ mu) / count.clamp_min(1), centres)
     return share
+
+
+def _chance(stream: Stream) -> torch.Generator:
+    return torch.Generator().manual_seed(rng.seed(stream))

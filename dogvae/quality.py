@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dogvae import loss
+from dogvae import loss, rng
 from dogvae.console import UsageError
-from dogvae.dataset import Dataset, Split, random_words
+from dogvae.dataset import Dataset, Split
 from dogvae.evaluate import baselines, evaluate
 from dogvae.generate import PRIORS, DogVAE
 from dogvae.model import VAE
-from dogvae.pictures import normal, to_uint8
+from dogvae.pictures import to_uint8
+from dogvae.rng import Stream
 
 SAMPLED = 2048  # pictures of each kind in a Frechet distance: it depends on their number
 CHUNK = 32  # images of the network at once
-IMPORTANCE = 5  # what a draw is for; see step.NOISE
 INCEPTION_SIDE = 299
 
 Tell = Callable[[str, int, int], None]
@@ -76,7 +76,7 @@ def bounds(model: DogVAE, split: Split, samples: int, tell: Tell) -> dict[str, d
     for i in range(len(split)):
         x = split.gather(np.array([i])).to(device).float() / 255
         mu, logvar = net.encoder(x)
-        noise = normal((samples, *net.latent_shape), int(random_words(1, i, IMPORTANCE)[0] >> 1)).to(device)
+        noise = rng.normal((samples, *net.latent_shape), Stream.IMPORTANCE, i).to(device)
         z = mu + torch.exp(0.5 * logvar) * noise
         likelihood = net.config.likelihood
         nll = torch.cat(

@@ -22,17 +22,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dogvae import loss
+from dogvae import loss, rng
 from dogvae.augment import augment, draws
 from dogvae.config import Config
 from dogvae.console import UsageError
-from dogvae.dataset import random_words, rank_slice
+from dogvae.dataset import rank_slice
 from dogvae.model import VAE
 from dogvae.norm import SyncBatchNorm
+from dogvae.rng import Stream
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
-NOISE = 2  # what a draw is for, so that no two purposes share their random numbers (1: augmentation, 3: validation)
 
 
 class _EagerDDP(DistributedDataParallel):
@@ -62,7 +62,9 @@ class Trainer:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        torch.manual_seed(config.seed)  # every rank starts from the same weights, at every world size
+        torch.manual_seed(
+            rng.seed(Stream.WEIGHTS, config.seed)
+        )  # every rank starts from the same weights, at every world size
         self.model = VAE(config.model).to(device)
         if device.type == "cuda":
             self.model = self.model.to(memory_format=torch.channels_last)
@@ -113,7 +115,7 @@ class Trainer:
             x = augment(x, flip, degrees)
         if device.type == "cuda":
             x = x.to(memory_format=torch.channels_last)
-        self.noise.manual_seed(int(random_words(1, config.seed, epoch, step, NOISE)[0] >> 1))
+        self.noise.manual_seed(rng.seed(Stream.POSTERIOR, config.seed, epoch, step))
         noise = torch.randn((config.samples, n, *self.model.latent_shape), generator=self.noise, device=device)
         # Batch norm takes its statistics in passing: should the step be skipped, they are put back.
         before = [buffer.clone() for buffer in self.model.buffers()]

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import ContinuousBernoulli, Normal, kl_divergence
 
+from dogvae import rng
 from dogvae.augment import augment, draws
 from dogvae.checkpoint import Checkpoints
 from dogvae.config import Config
-from dogvae.dataset import Dataset, Split, random_words
+from dogvae.dataset import Dataset, Split
 from dogvae.evaluate import baselines, evaluate
 from dogvae.model import VAE
+from dogvae.rng import Stream
 from dogvae.step import Trainer, beta_at, lr_at
 from dogvae.storage import Storage
 
@@ -68,7 +70,7 @@ def trainer_of(config: Config) -> Trainer:
 
 def noise_of(config: Config, n: int, epoch: int, step: int) -> Tensor:
     """The documented draw of a step: keyed by (seed, epoch, step, 2), for the whole global batch."""
-    generator = torch.Generator().manual_seed(int(random_words(1, config.seed, epoch, step, 2)[0] >> 1))
+    generator = torch.Generator().manual_seed(rng.seed(Stream.POSTERIOR, config.seed, epoch, step))
     return torch.randn((config.samples, n, config.model.latent_dim, 4, 4), generator=generator)
 
 
@@ -351,7 +353,7 @@ def test_validation_is_the_mean_over_images(val: Split, likelihood: str) -> None
     x = val.gather(np.arange(37)).float() / 255
     noise = torch.cat(
         [
-            torch.randn(4, n, 3, 4, 4, generator=torch.Generator().manual_seed(int(random_words(1, chunk, 3)[0] >> 1)))
+            torch.randn(4, n, 3, 4, 4, generator=torch.Generator().manual_seed(rng.seed(Stream.VALIDATION, chunk)))
             for chunk, n in ((0, 32), (1, 5))
         ],
         dim=1,
@@ -370,7 +372,7 @@ def test_validation_is_the_mean_over_images(val: Split, likelihood: str) -> None
         "psnr": sum(psnr) / 37,
         "active_latents": active,
     }
-    assert got == pytest.approx(expected, rel=2e-5)
+    assert got == pytest.approx(expected, rel=2e-5, abs=2e-4)  # nats: sums of 3,072 pixels in fp32
 
 
 def test_validation_does_not_change_the_model(val: Split) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dogvae import runs
+from dogvae import rng, runs
 from dogvae.checkpoint import Checkpoints
 from dogvae.config import Safety
 from dogvae.console import UsageError
@@ -125,6 +125,22 @@ def test_checkpoint_of_another_run_is_refused(dataset: Path, tmp_path: Path) -> 
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     with pytest.raises(UsageError, match=r"train-00000\.npy"):
         train(job(other, epochs=2), tmp_path / "run")
+
+
+def test_checkpoint_with_other_random_streams_is_refused(dataset: Path, tmp_path: Path) -> None:
+    """A run that goes on with other numbers would end with other weights, and nobody would know."""
+    train(job(dataset, epochs=1), tmp_path)
+    checkpoints = Checkpoints(Storage(tmp_path))
+    saved = checkpoints.latest()
+    assert saved is not None
+    assert saved.meta["streams"] == rng.VERSION
+    del saved.meta["streams"]  # as the checkpoints of version 0.1 have it
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.unlink()
+    checkpoints.save(saved.tensors, saved.meta)
+    checkpoints.wait()
+    with pytest.raises(UsageError, match="drew other random numbers"):
+        train(job(dataset, epochs=2), tmp_path)
 
 
 def test_checkpoint_of_other_data_is_refused(dataset: Path, write_dataset: WriteDataset, tmp_path: Path) -> None:
