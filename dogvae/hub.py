@@ -19,6 +19,7 @@ class Hub:
     def __init__(self) -> None:
         self._events: list[tuple[Any, ...]] = []
         self._stopping = False
+        self._failure = ""
 
     def tell(self, *event: Any) -> None:
         """Add an event."""
@@ -32,6 +33,15 @@ class Hub:
     def stop(self) -> None:
         """From now on `stopping` is true."""
         self._stopping = True
+
+    def fail(self, reason: str) -> None:
+        """A worker cannot go on, and no other attempt could: an event of its own, and what `failure` says."""
+        self._failure = reason
+        self.tell("failed", reason)
+
+    def failure(self) -> str:
+        """Why no attempt makes sense; empty while one does."""
+        return self._failure
 
     def stopping(self) -> bool:
         """Whether the run is to be saved and stopped."""

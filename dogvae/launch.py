@@ -146,6 +146,8 @@ def _watch(
                 line.update(done, config.epochs, f"epoch {done}/{config.epochs} {last}", milestone=True)
             elif kind == "note":
                 line.note(*payload)
+            elif kind == "failed":
+                raise RunFailed(*payload)
             else:
                 (failures,) = payload
                 lost = "; ".join(f"worker {rank}: {message}" for rank, message in failures.items())

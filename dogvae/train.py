@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dogvae import loss, metrics, pictures
+from dogvae import loss, metrics, pictures, rng
 from dogvae.checkpoint import KEEP_LATEST, Checkpoint, Checkpoints
 from dogvae.config import Config, Safety
-from dogvae.console import RunFailed, UsageError
+from dogvae.console import OutOfMemory, RunFailed, UsageError
 from dogvae.dataset import Batches, Dataset, epoch_order, rank_slice
 from dogvae.evaluate import baselines, evaluate
 from dogvae.step import Trainer, beta_at, check_compiler, lr_at
@@ -68,9 +68,23 @@ def loop(
     """Train from the latest checkpoint in `storage`, or from the start. Every rank calls it.
 
     Returns whether the last epoch is done; False if the observer wanted to stop, and a checkpoint is saved. Raises
-    UsageError for what the user can mend, and RunFailed if it makes no sense to go on, the same on all ranks.
+    UsageError for what the user can mend, and RunFailed if it makes no sense to go on, the same on all ranks; but
+    OutOfMemory on one rank alone, while others may wait for it: its process must end, or they wait on.
     """
-    return _Run(config, storage, device, observer, safety or Safety()).train()
+    try:
+        return _Run(config, storage, device, observer, safety or Safety()).train()
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        wanted = str(error).splitlines()[0].partition("memory")[2].lstrip(".: ").partition(". ")[0]
+        raise OutOfMemory(
+            f"out of memory on {device} of {socket.gethostname()} ({wanted}): lower --batch-size, --samples or --width"
+        ) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device has no room for a tensor. CPUs have no error of their own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 class _Run:
@@ -155,6 +169,11 @@ class _Run:
     def _latest(self) -> Checkpoint | None:
         saved = self.checkpoints.latest() if self.rank == 0 else None
         if saved is not None:
+            if saved.meta.get("streams", 1) != rng.VERSION:
+                raise UsageError(
+                    "--resume: the checkpoint is of a dogvae that drew other random numbers, so this one cannot go on "
+                    "from it bit for bit; go on with that version, or start a new run"
+                )
             was, now = Config.make_nested(saved.meta["config"]).flat(), self.config.flat()
             differs = [f"{name} {was[name]}, not {now[name]}" for name in now if was[name] != now[name]]
             differs = [text for text in differs if text.split()[0] not in ("epochs", "data")]
@@ -254,6 +273,7 @@ class _Run:
             if self.rank == 0:
                 self.saved_at = time.monotonic()
                 about = {"config": self.config.to_dict(), "fingerprint": self.config.fingerprint}
+                about["streams"] = rng.VERSION
                 self.checkpoints.save({**self.trainer.state(), "sums": sums}, {**self.meta, **about})
 
         _together(save)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _shutdown_torch
 
 from dogvae import cluster
-from dogvae.console import RunFailed, UsageError
+from dogvae.console import OutOfMemory, RunFailed, UsageError
 from dogvae.step import keep_freed_memory
 from dogvae.storage import Storage
 from dogvae.train import Observer, loop
@@ -79,14 +79,20 @@ def leave() -> None:
 
 def work(settings: dict[str, Any]) -> tuple[str, str]:
     """Train; returns how it ended: an error that is returned, not raised, is not retried."""
+    hub = settings["hub"]
+    if failure := ray.get(hub.failure.remote()):  # of the attempt before this one
+        return "failed", failure
     torch.set_num_threads(settings["threads"])
     rank = ray.train.get_context().get_world_rank()
-    observer = _RayObserver(settings["hub"], rank, settings["wants_saved"], settings["nodes_may_go"])
+    observer = _RayObserver(hub, rank, settings["wants_saved"], settings["nodes_may_go"])
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
         done = loop(settings["config"], Storage(settings["run"]), device, observer, settings["safety"])
+    except OutOfMemory as error:
+        ray.get(hub.fail.remote(str(error)))
+        raise  # the others wait for this rank: Ray Train ends them, and starts an attempt that returns at once
     except UsageError as error:
         return "mistake", str(error)
     except RunFailed as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dogvae
+from dogvae.shards import Row
+from dogvae.shards import write_dataset as shard_writer
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--width", "4", "--latent-dim", "4", "--batch-size", "16", "--cpus", "2", "--image-size", "32"]
@@ -202,3 +205,53 @@ def test_workers_own_error_is_shown(trained: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert str(shard) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def blank_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20,000 images: with 1,000 samples of 16,384 latents each a step needs 1.3 TB, which no system gives."""
+    folder = tmp_path_factory.mktemp("blank") / "dataset"
+    folder.mkdir()
+    rows = [
+        Row(
+            f"{i}.png",
+            None,
+            (2**63 if i else 0).to_bytes(8, "big") + i.to_bytes(24, "big"),
+            np.zeros((3, 32, 32), "u1"),
+        )
+        for i in range(20_000)
+    ]
+    settings = {"size": 32, "crop": "center", "val_fraction": 0.1}
+    shard_writer(folder, rows, {"kind": "test", "name": "test", "signature": ""}, settings)
+    return folder
+
+
+TOO_LARGE = {"samples": "1000", "latent_dim": "1024", "width": "4", "batch_size": "20000"}
+OUT_OF_MEMORY = (
+    r"out of memory on cpu of \S+ \(you tried to allocate \d+ bytes\): lower --batch-size, --samples or --width"
+)
+
+
+def test_out_of_memory_ends_the_run_with_one_line(blank_images: Path, tmp_path: Path) -> None:
+    """Not after three more attempts, and not by a traceback."""
+    settings = [text for name, value in TOO_LARGE.items() for text in (f"--{name.replace('_', '-')}", value)]
+    done = command("--data", blank_images, "--cpus", "2", *settings, cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.fullmatch(f"error: {OUT_OF_MEMORY}\n", done.stderr), done.stderr
+    assert "Going on" not in done.stdout
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_trial_that_is_out_of_memory_has_failed_once(blank_images: Path, tmp_path: Path, workers: int) -> None:
+    settings = [text for name, value in TOO_LARGE.items() if name != "samples" for text in ("--set", f"{name}={value}")]
+    done = subprocess.run(
+        [sys.executable, "-m", "tune", "search", "--data", blank_images, "--trials", "1", *settings,
+         "--search", "samples=choice(1000)", "--name", "large", "--workers-per-trial", str(workers)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    (trial,) = json.loads((tmp_path / "runs/large/trials.json").read_text())
+    assert trial["state"] == "failed"
+    assert re.fullmatch(OUT_OF_MEMORY, trial["reason"])
+    assert "lost its process" not in done.stdout

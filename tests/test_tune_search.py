@@ -1384,9 +1384,7 @@ def test_trial_that_was_interrupted_waits(one: Trial, reports: list[Any]) -> Non
     assert [numbers for numbers, _ in reports] == [{"state": "waiting"}]
 
 
-@pytest.mark.parametrize(
-    "error", [RunFailed("bad numbers\nmore"), UsageError("bad numbers"), torch.OutOfMemoryError("bad numbers\nmore")]
-)
+@pytest.mark.parametrize("error", [RunFailed("bad numbers\nmore"), UsageError("bad numbers")])
 def test_trial_that_cannot_go_on_says_why_in_a_line(error: Exception, one: Trial, reports: list[Any]) -> None:
     def train(observer: Any) -> bool:
         raise error

@@ -123,7 +123,7 @@ def run_trial(config: dict[str, Any], job: Job) -> None:
         hparams(storage, name, setting, job.space)
         train = _distributed if job.workers > 1 else _alone
         done = train(job, ours, storage, observer)
-    except (UsageError, RunFailed, torch.OutOfMemoryError) as error:
+    except (UsageError, RunFailed) as error:
         tune.report({"state": "failed", "reason": str(error).splitlines()[0]})
         return
     if not done:
@@ -140,13 +140,15 @@ def _distributed(job: Job, config: Config, storage: Storage, observer: _TuneObse
 
     workers = Workers(job.workers, gpu=bool(job.gpus), cpus=job.cpus)
     hub, fit = start(config, storage, workers, Safety(), verbose=False, wants_saved=True)
-    asked = False
+    asked, failure = False, ""
     while True:
         ended = fit.done()
         try:
             for kind, *payload in ray.get(hub.take.remote()):
                 if kind == "epoch":
                     observer.epoch(*payload)
+                elif kind == "failed":
+                    (failure,) = payload
         except SystemExit:  # Tune has had enough: the workers are to leave their CPUs to the next trial
             hub.stop.remote()
             fit.result()
@@ -157,6 +159,8 @@ def _distributed(job: Job, config: Config, storage: Storage, observer: _TuneObse
             asked = True
             hub.stop.remote()
         time.sleep(0.1)
+    if failure:
+        raise RunFailed(failure)
     how, message = fit.result()
     if how in ("mistake", "failed"):
         raise RunFailed(message)
