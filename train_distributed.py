@@ -14,11 +14,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from dogvae import cluster, flags, jobs, metrics, runs
+from dogvae.cluster import nodes as cluster
+from dogvae.cluster import submit as jobs
+from dogvae.commands import flags
 from dogvae.config import Config
 from dogvae.console import say
 from dogvae.storage import Storage
-from tune.results import best_run, open_search
+from dogvae.training import metrics
+from dogvae.training import run_folder as runs
+from tune.ranking import best_run, open_search
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
         config = config.for_data(str(dataset.path), dataset.fingerprint, dataset.size, len(dataset.train))
 
-    from dogvae.launch import launch
+    from dogvae.training.on_ray import launch
 
     if args.from_search:
         runs.copy_checkpoints(source, storage)
@@ -75,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
 
 def finish(storage: Storage, config: Config, logdir: str) -> None:
     """Export the best checkpoint, and say where everything is and what to type next."""
-    from dogvae.export import export
+    from dogvae.training.export import export
 
     folder = export(storage, config).uri
     best = metrics.best(metrics.read(storage))

@@ -2,9 +2,9 @@
 
     python benchmarks/data.py [--batch-size 32] [--repeats 5] [--images 10000 100000 1000000 10000000] [--json FILE]
 
-Speed: images/s, ready for the network on the CPU, augmented, nobody training. Ours is `dogvae.dataset.Batches` and
-`dogvae.augment` in the training process, with --threads threads; the peers are a DataLoader over the same images in
-memory (peers.py) in the training process, and with --loader-workers processes beside it. All take turns.
+Speed: images/s, ready for the network on the CPU, augmented, nobody training. Ours is `dogvae.data.dataset.Batches` and
+`dogvae.training.augment` in the training process, with --threads threads; the peers are a DataLoader over the same
+images in memory (peers.py) in the training process, and with --loader-workers processes beside it. All take turns.
 
 Memory: what the training process has for itself (anonymous pages, beyond what importing costs) once it has opened a
 dataset and drawn its first batches, and the most it had while it put the epoch's images in order. Ours as the loop does
@@ -61,8 +61,8 @@ def ours(args: argparse.Namespace) -> None:
     """Our batches, as the loop and the step make them."""
     import torch
 
-    from dogvae.augment import augment, draws
-    from dogvae.dataset import Batches, Dataset, epoch_order
+    from dogvae.data.dataset import Batches, Dataset, epoch_order
+    from dogvae.training.augment import augment, draws
 
     torch.set_num_threads(args.threads)
     train, turns, epoch = Dataset(args.data).train, measure.Turns(), 0
@@ -104,7 +104,7 @@ def our_memory(args: argparse.Namespace) -> None:
     """Memory for a dataset as the loop opens it, for its first epoch."""
     import torch
 
-    from dogvae.dataset import Batches, Dataset, epoch_order, rank_slice
+    from dogvae.data.dataset import Batches, Dataset, epoch_order, rank_slice
 
     before, top = own_mb(), measure.peak_mb()
     train = Dataset(args.data).train
@@ -147,9 +147,9 @@ def waiting(args: argparse.Namespace) -> None:
     import torch
 
     import job
-    from dogvae import metrics
     from dogvae.storage import Storage
-    from dogvae.train import Observer, loop
+    from dogvae.training import metrics
+    from dogvae.training.loop import Observer, loop
 
     torch.set_num_threads(args.threads)
     config = job.config_for(args.data, "default", args, epochs=3)

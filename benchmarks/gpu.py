@@ -9,7 +9,7 @@ GPU figures have not been taken yet: this has only run on CPUs so far. It measur
 - sweep     ms, images/s and share of the roofline (roofline.py) of our step, by K and batch size
 - variants  our step changed in one thing: fp32, contiguous, torch.compile, without averaging, without augmentation
 - curves    the losses of the step as it is on GPUs and of a plain one (fp32, contiguous), from the same seed
-- training  50 epochs of 20,000 images at K = 1 by `dogvae.train.loop`, validation and checkpoints included
+- training  50 epochs of 20,000 images at K = 1 by `dogvae.training.loop.loop`, validation and checkpoints included
 
 and checks itself: what must hold (finite losses, equal curves, no floor undercut, data on the device) is printed as
 `ok` or `FAILED`, and the exit code is 1 if anything failed. A part that cannot run, or has no time left, says so and
@@ -36,12 +36,12 @@ import job
 import measure
 import roofline
 import step
-from dogvae import metrics
 from dogvae.config import Config, Safety
-from dogvae.dataset import Batches, Dataset
-from dogvae.step import Trainer
+from dogvae.data.dataset import Batches, Dataset
 from dogvae.storage import Storage
-from dogvae.train import Observer, loop
+from dogvae.training import metrics
+from dogvae.training.loop import Observer, loop
+from dogvae.training.step import Trainer
 from roofline import settle
 
 MOST_APART = 0.01  # of the two curves' losses, relative: what a changed order of sums and bf16 may do

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from dogvae.config import Config
-from dogvae.dataset import Dataset
-from dogvae.drawn import draw
-from dogvae.shards import Row, write_dataset
+from dogvae.data.dataset import Dataset
+from dogvae.data.drawn import draw
+from dogvae.data.writer import Row, write_dataset
 
 
 def write_photos(folder: Path, train: int, val: int = 32, size: int = 64) -> Path:

@@ -2,8 +2,9 @@
 
     python benchmarks/overhead.py [--workers 1 2] [--repeats 3] [--json FILE]
 
-In turn: the real command, `python train_distributed.py --data ... --cpus N`, which starts Ray, and `dogvae.train.loop`
-in N plain processes (under torchrun if they are more than one). Same data, settings and threads, one thread a worker.
+In turn: the real command, `python train_distributed.py --data ... --cpus N`, which starts Ray, and
+`dogvae.training.loop.loop` in N plain processes (under torchrun if they are more than one). Same data, settings and
+threads, one thread a worker.
 Speeds are those that the runs write down, of all epochs but the first. When the first step begins is read from the run
 as well; the stages before it from the command's own lines:
 
@@ -31,7 +32,7 @@ import measure
 from trial_gaps import span
 
 STAGES = {"Ray": "Ray at ", "launch": " epochs on "}  # each ends with a line that has this
-IMPORTS = "import ray, train_distributed, dogvae.dataset"
+IMPORTS = "import ray, train_distributed, dogvae.data.dataset"
 
 
 def bare(args: argparse.Namespace) -> None:
@@ -40,7 +41,7 @@ def bare(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from dogvae.storage import Storage
-    from dogvae.train import Observer, loop
+    from dogvae.training.loop import Observer, loop
 
     torch.set_num_threads(1)
     if "RANK" in os.environ:
@@ -54,8 +55,8 @@ def bare(args: argparse.Namespace) -> None:
 
 def watched(command: list[str], run: Path) -> dict[str, Any]:
     """Run a command that trains into `run`: when its lines came and its first step began, and its epochs' speeds."""
-    from dogvae import metrics
     from dogvae.storage import Storage
+    from dogvae.training import metrics
 
     # Ray gives its workers as many threads as they have CPUs; never a cluster that is already there.
     env = {**measure.environment(1), "RAY_ADDRESS": "local"}

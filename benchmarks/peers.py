@@ -30,8 +30,8 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from dogvae.config import Config
-from dogvae.model import VAE
-from dogvae.norm import SyncBatchNorm
+from dogvae.network.norm import SyncBatchNorm
+from dogvae.network.vae import VAE
 
 Tick = Callable[[], bool]
 

@@ -55,12 +55,12 @@ def untrained(folder: Path) -> Path:
     """The export of a model of the default width, as a run writes it, after an epoch that was none."""
     import torch
 
-    from dogvae.checkpoint import Checkpoints
     from dogvae.config import Config
-    from dogvae.dataset import Dataset
-    from dogvae.export import export
-    from dogvae.model import VAE
+    from dogvae.data.dataset import Dataset
+    from dogvae.network.vae import VAE
     from dogvae.storage import Storage
+    from dogvae.training.checkpoint import Checkpoints
+    from dogvae.training.export import export
     from job import write_photos
 
     data = Dataset(write_photos(folder / "dataset", TRAIN, VAL, SIZE))
@@ -138,7 +138,7 @@ class Visitor:
 
 
 def _photo(number: int) -> bytes:
-    from dogvae.drawn import draw
+    from dogvae.data.drawn import draw
 
     buffer = io.BytesIO()
     draw(number, 1, 512).save(buffer, "JPEG")

@@ -45,10 +45,10 @@ def full_scale(path: Path, size: int) -> np.ndarray:
 
 
 def main() -> None:
-    from dogvae.cluster import connect
-    from dogvae.decode import crops
-    from dogvae.photos import Photo
-    from dogvae.prepare import prepare
+    from dogvae.cluster.nodes import connect
+    from dogvae.data.decode import crops
+    from dogvae.data.photos import Photo
+    from dogvae.data.prepare import prepare
 
     parser = measure.parser(__doc__)
     parser.add_argument("photos", type=Path, help="a folder of photos that can all be read")

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 import measure
-from dogvae import flags
+from dogvae.commands import flags
 from dogvae.config import Config
-from dogvae.model import VAE
-from dogvae.step import Trainer
+from dogvae.network.vae import VAE
+from dogvae.training.step import Trainer
 
 Shape = torch.Size
 

@@ -3,11 +3,11 @@
     python benchmarks/scaling.py [--workers 1 2] [--batch-size 16] [--repeats 5] [--json FILE]
     python benchmarks/scaling.py --device cuda --workers 1 2 4 8 --batch-size 256    # a GPU each
 
-Workers are processes of --threads threads each, without Ray, that train by `dogvae.step`. Strong scaling keeps the
-global batch, weak scaling the batch of a worker. All take turns, round by round. In each round a group of workers also
-trains without exchanging gradients (DDP's no_sync; batch norm's statistics still go around) and sums up as many bytes
-as the gradients have, alone. "Unconnected" are as many single workers at the same time that know nothing of each other:
-what cores and memory that are shared can give, whoever trains on them.
+Workers are processes of --threads threads each, without Ray, that train by `dogvae.training.step`. Strong scaling keeps
+the global batch, weak scaling the batch of a worker. All take turns, round by round. In each round a group of workers
+also trains without exchanging gradients (DDP's no_sync; batch norm's statistics still go around) and sums up as many
+bytes as the gradients have, alone. "Unconnected" are as many single workers at the same time that know nothing of each
+other: what cores and memory that are shared can give, whoever trains on them.
 
 On paper, from one worker's step T, gradients of B bytes, n workers, bandwidth w and latency a:
 
@@ -49,8 +49,8 @@ def step_s(
 
 def norm_waits(config: Any) -> int:
     """How often a step waits for sums of batch norm's statistics: once a layer forward, once backward."""
-    from dogvae.model import VAE
-    from dogvae.norm import SyncBatchNorm
+    from dogvae.network.norm import SyncBatchNorm
+    from dogvae.network.vae import VAE
 
     return 2 * sum(isinstance(module, SyncBatchNorm) for module in VAE(config.model).modules())
 
@@ -61,8 +61,8 @@ def contend(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from dogvae.config import Config
-    from dogvae.dataset import rank_slice
-    from dogvae.step import Trainer
+    from dogvae.data.dataset import rank_slice
+    from dogvae.training.step import Trainer
 
     torch.set_num_threads(args.threads)
     cuda = args.device == "cuda"
@@ -212,7 +212,7 @@ def main() -> None:
         contend(args)
         return
     from dogvae.config import Config
-    from dogvae.model import VAE
+    from dogvae.network.vae import VAE
 
     config = Config.make(width=args.width, norm=args.norm)
     args.gradient_bytes = 4 * sum(p.numel() for p in VAE(config.model).parameters())

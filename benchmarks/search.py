@@ -3,7 +3,7 @@
     python benchmarks/search.py [--trials 6] [--epochs 3] [--repeats 2] [--json FILE]
 
 The peer is what Ray's guide shows: a Tuner over a function that runs a TorchTrainer of one worker for each trial and
-passes its reports on by TuneReportCallback. Both train by `dogvae.train.loop`, on the same drawn dogs, the same
+passes its reports on by TuneReportCallback. Both train by `dogvae.training.loop.loop`, on the same drawn dogs, the same
 settings, to their last epoch (no scheduler), each trial on one CPU, as many at once as the machine has cores. Ray
 counts a CPU for the function that only waits for its workers; the peer asks for a hundredth of one instead, or two
 cores would never run two trials. Seconds are those of the whole commands, started in turn: imports, Ray's start, and
@@ -50,7 +50,7 @@ def nested(args: argparse.Namespace) -> None:
         import torch
 
         from dogvae.storage import Storage
-        from dogvae.train import Observer, loop
+        from dogvae.training.loop import Observer, loop
 
         class Reporting(Observer):
             def epoch(self, record: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
     python benchmarks/step.py [--samples 10 1] [--batch-size 8] [--repeats 5] [--json FILE]
     python benchmarks/step.py --device cuda --batch-size 256 --steps 30 --workers 1
 
-Ours is `dogvae.train.loop` itself: data, augmentation, averaged weights, the look at what is wanted after each step.
+Ours is `dogvae.training.loop.loop` itself: data, augmentation, averaged weights, the look at what is wanted after each
+step.
 The peers are in peers.py; they have no averaged weights and no checks. `notebook` has the notebook's own network, of a
 little more work (15%, python benchmarks/roofline.py --preset notebook); `ours, notebook` is ours with `--preset
 notebook`, which is the same network and loss. Each contender is a process of its own with --threads threads, or, as 2
@@ -84,7 +85,7 @@ def train(config: Any, folder: str, device: Any, turns: measure.Turns | None) ->
     """Our loop, whole: the turns are taken where it tells of its progress, and end it as Ctrl-C would."""
     from dogvae.config import Safety
     from dogvae.storage import Storage
-    from dogvae.train import Observer, loop
+    from dogvae.training.loop import Observer, loop
 
     class Ticking(Observer):
         def progress(self, epoch: int, step: int, steps: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dogvae.generate import DogVAE, load
+    from dogvae.inference.model import DogVAE, load
 
 __version__ = "0.1.0"
 __all__ = ["DogVAE", "__version__", "load"]
@@ -14,7 +14,7 @@ __all__ = ["DogVAE", "__version__", "load"]
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import: only those who load a model pay for it.
     if name in ("DogVAE", "load"):
-        from dogvae import generate
+        from dogvae.inference import model as generate
 
         return getattr(generate, name)
     raise AttributeError(f"module 'dogvae' has no attribute {name!r}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dogvae import rng
 from dogvae.console import UsageError
-from dogvae.model import VAE
+from dogvae.network.vae import VAE
 from dogvae.rng import Stream
 from dogvae.storage import Storage
 

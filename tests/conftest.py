@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing as mp
 from pyarrow.fs import FileSystem
 
-from tests.s3 import Server
+from tests.support.s3 import Server
 
 WriteDataset = Callable[..., Path]
 
@@ -67,7 +67,7 @@ def write_dataset(tmp_path: Path) -> WriteDataset:
 def start_ranks(work: Callable[..., None], world_size: int, *args: Any) -> None:
     """Run `work(rank, *args)` in a process for each rank, and wait for all; raises what one of them raised."""
     # Forked from a clean server, which alone imports torch.
-    multiprocessing.set_forkserver_preload(["pytest", "torch.distributed", "dogvae.train", "tensorboardX"])
+    multiprocessing.set_forkserver_preload(["pytest", "torch.distributed", "dogvae.training.loop", "tensorboardX"])
     mp.start_processes(work, args, nprocs=world_size, start_method="forkserver")
 
 

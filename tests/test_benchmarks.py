@@ -26,12 +26,12 @@ import roofline
 import scaling
 import search
 import step
-from dogvae import loss
-from dogvae.checkpoint import Checkpoints
 from dogvae.config import Config
-from dogvae.dataset import Dataset
-from dogvae.model import VAE
+from dogvae.data.dataset import Dataset
+from dogvae.network import likelihood as loss
+from dogvae.network.vae import VAE
 from dogvae.storage import Storage
+from dogvae.training.checkpoint import Checkpoints
 
 CONFIGS = [
     {},

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dogvae import flags
+from dogvae.commands import flags
 from dogvae.config import Config, ModelConfig, Safety
 from dogvae.console import RunFailed, UsageError
 

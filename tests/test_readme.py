@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dogvae.drawn import draw
+from dogvae.data.drawn import draw
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

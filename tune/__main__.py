@@ -16,12 +16,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from dogvae import cluster, flags, jobs, runs
+from dogvae.cluster import nodes as cluster
+from dogvae.cluster import submit as jobs
+from dogvae.commands import flags
 from dogvae.config import Config, check
 from dogvae.console import RunFailed, UsageError, say
 from dogvae.storage import Storage
-from tune.plan import LIMITS, Plan, save
-from tune.results import ABOUT, FOLDER, Entry, Search, Trial, best_run, open_search
+from dogvae.training import run_folder as runs
+from tune.ranking import ABOUT, FOLDER, Entry, Search, Trial, best_run, open_search
+from tune.search_folder import LIMITS, Plan, save
 from tune.space import DEFAULT, Space, parse_fixed
 
 
@@ -195,8 +198,8 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def finish(found: Search, name: str, where: str, interrupted: bool) -> None:
     """The table, the picture, the best model, and what to type next."""
-    from dogvae.export import FOLDER as EXPORT
-    from dogvae.export import export
+    from dogvae.training.export import FOLDER as EXPORT
+    from dogvae.training.export import export
     from tune import report
 
     report.write(found)

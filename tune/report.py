@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dogvae.console import UsageError, say
-from tune.results import Row, Search, Trial, common_epoch, counts, equal_time, importance, parameters, pareto, rows
+from tune.ranking import Row, Search, Trial, common_epoch, counts, equal_time, importance, parameters, pareto, rows
 from tune.space import Domain
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialSch
 
 from dogvae.config import ModelConfig, fields_of
 from dogvae.console import UsageError
-from dogvae.hub import in_background, make_hub
 from dogvae.storage import Storage
-from tune.plan import Plan, save_trials
-from tune.results import Entry
-from tune.settings import TreeParzen, listed
+from dogvae.training.events import in_background, make_hub
+from tune.live import View
+from tune.ranking import Entry
+from tune.search_folder import Plan, save_trials
+from tune.searcher import TreeParzen, listed
 from tune.trial import Job, run_trial
-from tune.view import View
 
 SCRATCH = ".tune"  # Tune's own folder; nothing in it is needed again
 RETRIES = 2  # of a trial whose process died

@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from dogvae import metrics
-from dogvae.checkpoint import Checkpoints
-from dogvae.cluster import Workers
+from dogvae.cluster.nodes import Workers
 from dogvae.config import Config, Safety
 from dogvae.console import RunFailed, UsageError
-from dogvae.launch import start
-from dogvae.runs import CHECKPOINTS, save_config
 from dogvae.storage import Storage
-from dogvae.train import Observer, loop
-from tune.board import hparams
-from tune.results import FOLDER
+from dogvae.training import metrics
+from dogvae.training.checkpoint import Checkpoints
+from dogvae.training.loop import Observer, loop
+from dogvae.training.on_ray import start
+from dogvae.training.run_folder import CHECKPOINTS, save_config
+from tune.hparams import hparams
+from tune.ranking import FOLDER
 from tune.space import Space, label
 
 POLL_S = 0.5  # between two questions whether the search is to stop

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.bench import EPOCHS, job, make_dataset, train
+from tests.support.runs import EPOCHS, job, make_dataset, train
 
 
 @pytest.fixture(scope="session")

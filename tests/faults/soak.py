@@ -20,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from tests.command import TRAIN, Command
-from tests.faults.bench import differing, final, job, make_dataset, records, train
 from tests.faults.test_processes import flags
+from tests.support.command import TRAIN, Command
+from tests.support.runs import differing, final, job, make_dataset, records, train
 
 
 def epochs_done(run: Path) -> int:

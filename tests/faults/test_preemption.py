@@ -10,8 +10,8 @@ import torch
 
 from dogvae.config import Safety
 from dogvae.storage import Storage
-from dogvae.train import loop
-from tests.faults.bench import StopAt, job
+from dogvae.training.loop import loop
+from tests.support.runs import StopAt, job
 
 
 class Endangered(StopAt):

@@ -15,9 +15,9 @@ import pytest
 
 from dogvae.config import Config
 from dogvae.storage import Storage
-from tests.command import TRAIN, Command
-from tests.faults.bench import EPOCHS, differing, final, job, records, train
-from tests.s3 import Server
+from tests.support.command import TRAIN, Command
+from tests.support.runs import EPOCHS, differing, final, job, records, train
+from tests.support.s3 import Server
 
 Start = Callable[..., Command]
 

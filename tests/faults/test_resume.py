@@ -12,17 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dogvae import rng, runs
-from dogvae.checkpoint import Checkpoints
+from dogvae import rng
 from dogvae.config import Safety
 from dogvae.console import UsageError
-from dogvae.dataset import Dataset, epoch_order
-from dogvae.metrics import read
-from dogvae.step import Trainer
+from dogvae.data.dataset import Dataset, epoch_order
 from dogvae.storage import Storage
-from dogvae.train import loop
+from dogvae.training import run_folder as runs
+from dogvae.training.checkpoint import Checkpoints
+from dogvae.training.loop import loop
+from dogvae.training.metrics import read
+from dogvae.training.step import Trainer
 from tests.conftest import WriteDataset
-from tests.faults.bench import SIZE, TRAIN, VAL, StopAt, differing, final, job, make_dataset, records, train
+from tests.support.runs import SIZE, TRAIN, VAL, StopAt, differing, final, job, make_dataset, records, train
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +264,7 @@ def test_checkpoints_are_made_when_they_are_due(
         save(self, tensors, meta)
 
     clock = Clock()
-    monkeypatch.setattr("dogvae.train.time", clock)
+    monkeypatch.setattr("dogvae.training.loop.time", clock)
     monkeypatch.setattr(Checkpoints, "save", watched)
     assert loop(job(dataset, epochs=2), Storage(tmp_path), torch.device("cpu"), clock, safety)
     assert list(made) == steps

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dogvae import metrics
-from dogvae.checkpoint import Checkpoints
 from dogvae.config import Safety
 from dogvae.storage import Storage
-from dogvae.train import loop
-from tests.faults.bench import StopAt, differing, final, job, train
-from tests.s3 import Server
+from dogvae.training import metrics
+from dogvae.training.checkpoint import Checkpoints
+from dogvae.training.loop import loop
+from tests.support.runs import StopAt, differing, final, job, train
+from tests.support.s3 import Server
 
 CPU = torch.device("cpu")
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from dogvae.config import Config, Safety
 from dogvae.console import RunFailed, UsageError
-from dogvae.step import Trainer
 from dogvae.storage import Storage
-from dogvae.train import loop
+from dogvae.training.loop import loop
+from dogvae.training.step import Trainer
 from tests.conftest import start_ranks
-from tests.faults.bench import StopAt, differing, final, job, records, train
+from tests.support.runs import StopAt, differing, final, job, records, train
 
 CPU = torch.device("cpu")
 
@@ -210,7 +210,7 @@ def test_skipped_steps_in_a_row_are_counted_over_a_stop(dataset: Path, tmp_path:
 
 
 def _no_more_patience(rank: int, init: str, config: Config, out: str) -> None:
-    from dogvae import train as module
+    from dogvae.training import loop as module
 
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
     run = module._Run(config, Storage(out), CPU, StopAt(), Safety())
@@ -230,7 +230,7 @@ def test_end_of_patience_is_the_same_on_all_ranks(dataset: Path, tmp_path: Path)
 
 
 def _drift(rank: int, init: str, config: Config, out: str) -> None:
-    from dogvae import train as module
+    from dogvae.training import loop as module
 
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2)
     run = module._Run(config, Storage(out), CPU, StopAt(), Safety())

@@ -11,7 +11,7 @@ def _watch(file: str) -> None:
     while True:
         time.sleep(0.1)
         for ident, frame in list(sys._current_frames().items()):
-            while frame and not frame.f_code.co_filename.endswith("dogvae/train.py"):
+            while frame and not frame.f_code.co_filename.endswith("training/loop.py"):
                 frame = frame.f_back
             if frame and os.path.exists(file):
                 try:

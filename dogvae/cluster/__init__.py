@@ -1,0 +1,1 @@
+"""Ray: connecting to it, its nodes, sending a command to it."""

@@ -1,0 +1,259 @@
+"""Whether everything is where training needs it: a look at every node, and a line with the remedy for what is wrong."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import time
+import uuid
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from dogvae.cluster.nodes import choose_interface, least_nodes
+from dogvae.console import say
+from dogvae.storage import Storage, is_uri
+
+PACKAGES = ("ray", "torch", "torchvision", "numpy", "pillow", "safetensors", "dogvae")
+TIMEOUT_S = 60.0  # for one node to answer
+GROUP_TIMEOUT_S = 30.0  # for all nodes to find each other
+CLOCK_S = 5.0  # how far a node's clock may be off
+LEAST_DISK, LEAST_SHM = 5 << 30, 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, on which node, whether it is right, what was found, and what to do if it is not."""
+
+    check: str
+    node: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+def examine(runs: str, data: str | None) -> list[Finding]:
+    """Look at every node of the cluster that this process is connected to."""
+    import ray
+
+    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"])
+    names = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
+    token = uuid.uuid4().hex
+    began = time.time()
+    seen = _on_each(nodes, _look, Storage(runs).uri, data, token)
+    least = max(len(nodes), least_nodes())
+    remedy = "they join half a minute after `ray up`; if one does not, `ray monitor` and your yaml file show why"
+    joined = f"{len(nodes)} of {least} joined: {', '.join(names.values())}"
+    findings = [Finding("nodes", "all", len(nodes) == least, joined, remedy)]
+    ours = _versions()
+    probes = []
+    for node in nodes:
+        where, answer = names[node["NodeID"]], seen[node["NodeID"]]
+        if isinstance(answer, str):
+            remedy = "is it reachable from here, and is dogvae installed there?"
+            findings.append(Finding("answers", where, False, answer, remedy))
+            continue
+        if not answer["storage"]:
+            probes.append(answer["probe"])
+        findings += _judge(node, where, answer, ours, began, time.time(), runs, data)
+    findings += _shared(nodes, names, runs, probes)
+    findings.append(_talk(nodes, gpu=False))
+    if sum(node["Resources"].get("GPU", 0) >= 1 for node in nodes) > 1:
+        findings.append(_talk([n for n in nodes if n["Resources"].get("GPU", 0) >= 1], gpu=True))
+    return findings
+
+
+def _on_each(nodes: list[dict[str, Any]], look: Any, *args: Any, **options: Any) -> dict[str, Any]:
+    """What `look` returns on every node, or a line with its error; by the node's ID."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ask = ray.remote(num_cpus=0, max_retries=0, **options)(look)
+    asked = {}
+    for i, node in enumerate(nodes):
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked[node["NodeID"]] = ask.options(scheduling_strategy=there).remote(*args, i)
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=TIMEOUT_S)
+    return {node_id: _answer(future) for node_id, future in asked.items()}
+
+
+def _answer(future: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(future, timeout=0.1)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(future, force=True)
+        return f"no answer in {TIMEOUT_S:.0f} s"
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None) or error
+        return " ".join(str(cause).strip().splitlines()[-1:]) or type(cause).__name__
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _look(runs: str, data: str | None, token: str, number: int) -> dict[str, Any]:
+    """Runs on a node."""
+    import torch
+
+    from dogvae.console import UsageError
+    from dogvae.data.cache import outlook
+    from dogvae.data.dataset import Dataset
+    from dogvae.data.writer import read_manifest, shards_of
+
+    probe, storage_error = f".probe-{token}-{number}", ""
+    try:
+        Storage(runs).write(probe, socket.gethostname().encode())
+    except (OSError, UsageError) as error:
+        storage_error = str(error)
+    found: dict[str, Any] = {"data": "", "images": 0, "fingerprint": "", "copy": ""}
+    if data is not None:
+        try:
+            if is_uri(data):  # a look fetches nothing
+                manifest = read_manifest(data)
+                found["copy"] = outlook(manifest)
+            else:
+                manifest = Dataset(data).manifest
+            images = sum(shard["count"] for shard in shards_of(manifest))
+            found |= {"images": images, "fingerprint": manifest["fingerprint"]}
+        except (OSError, UsageError) as error:
+            found["data"] = str(error)
+    shm = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None
+    return found | {
+        "versions": _versions(),
+        "gpus": torch.cuda.device_count(),
+        "clock": time.time(),
+        "disk": shutil.disk_usage(os.path.expanduser("~")).free,
+        "shm": shm,
+        "storage": storage_error,
+        "probe": probe,
+    }
+
+
+def _judge(
+    node: dict[str, Any],
+    where: str,
+    answer: dict[str, Any],
+    ours: dict[str, str],
+    began: float,
+    ended: float,
+    runs: str,
+    data: str | None,
+) -> list[Finding]:
+    """What a node's answer means."""
+    other = {name: v for name, v in answer["versions"].items() if v != ours[name]}
+    told = ", ".join(f"{name} {v}, here {ours[name]}" for name, v in other.items())
+    promised, gpus = int(node["Resources"].get("GPU", 0)), answer["gpus"]
+    off = max(0.0, began - answer["clock"], answer["clock"] - ended)
+    findings = [
+        Finding("versions", where, not other, told or "as here", "install the same versions on every node"),
+        Finding(
+            "GPUs",
+            where,
+            gpus >= promised,
+            f"Ray counts {promised}, torch sees {gpus}",
+            "nvidia-smi there: is the driver at work, and torch a CUDA build that it supports?",
+        ),
+        Finding("clock", where, off < CLOCK_S, f"{off:.0f} s off", "turn on NTP there"),
+        Finding("disk", where, answer["disk"] > LEAST_DISK, f"{answer['disk'] / 2**30:.0f} GB free", "free some space"),
+        Finding(
+            "storage",
+            where,
+            not answer["storage"],
+            answer["storage"] or f"{runs} can be written to",
+            "give --runs a place that this node may write to, such as s3://BUCKET/runs or a mounted share",
+        ),
+    ]
+    if answer["shm"] is not None:
+        size = f"/dev/shm of {answer['shm'] / 2**30:.1f} GB"
+        findings.append(
+            Finding("memory", where, answer["shm"] > LEAST_SHM, size, "in a container: --shm-size=8g or more")
+        )
+    if data is not None:
+        copy = f", {answer['copy']}" if answer["copy"] else ""
+        found = answer["data"] or f"{answer['images']:,} images, fingerprint {answer['fingerprint'][:8]}{copy}"
+        remedy = "put the dataset where every node sees it by that path, or on S3"
+        if is_uri(data):
+            remedy = "this node must reach it, with rights to read it, and have room for it"
+        findings.append(Finding("dataset", where, not answer["data"], found, remedy))
+    return findings
+
+
+def _shared(nodes: list[dict[str, Any]], names: dict[str, str], runs: str, probes: list[str]) -> list[Finding]:
+    """Whether every node sees what all of them wrote."""
+    seen = _on_each(nodes, _read, Storage(runs).uri, probes)
+    remedy = "give --runs storage that all nodes share: s3://BUCKET/runs, or an NFS mount"
+    findings = []
+    for node_id, missing in seen.items():
+        ok = missing == 0
+        found = "sees what all nodes write" if ok else f"does not see what {missing} of the nodes wrote"
+        findings.append(Finding("shared", names[node_id], ok, found, remedy))
+    _on_each(nodes, _forget, Storage(runs).uri, probes)
+    return findings
+
+
+def _read(runs: str, probes: list[str], number: int) -> int:
+    return sum(not Storage(runs).exists(probe) for probe in probes)
+
+
+def _forget(runs: str, probes: list[str], number: int) -> None:
+    for probe in probes:
+        Storage(runs).delete(probe)
+
+
+def _talk(nodes: list[dict[str, Any]], gpu: bool) -> Finding:
+    """One process on each node: do they add up a number over the network that training would use?"""
+    backend = "nccl" if gpu else "gloo"
+    first, (port,) = nodes[0]["NodeManagerAddress"], _on_each(nodes[:1], _free_port).values()
+    options = {"num_gpus": 1} if gpu else {}
+    sums = _on_each(nodes, _add, backend, first, port, len(nodes), **options)
+    wrong = [str(s) for s in sums.values() if s != sum(range(len(nodes)))]
+    remedy = (
+        "open all ports between the nodes of the cluster; GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network"
+    )
+    return Finding(
+        backend, "all", not wrong, wrong[0] if wrong else f"{len(nodes)} of {len(nodes)} reach each other", remedy
+    )
+
+
+def _free_port(number: int) -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+def _add(backend: str, first: str, port: int, world_size: int, rank: int) -> int:
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    choose_interface({})
+    timeout = timedelta(seconds=GROUP_TIMEOUT_S)
+    dist.init_process_group(backend, f"tcp://{first}:{port}", timeout=timeout, world_size=world_size, rank=rank)
+    try:
+        number = torch.tensor(rank, device="cuda" if backend == "nccl" else "cpu")
+        dist.all_reduce(number)
+        return int(number)
+    finally:
+        dist.destroy_process_group()
+
+
+def show(findings: list[Finding]) -> bool:
+    """Print a line for each, with the remedy for what is wrong; whether all is well."""
+    widths = [max(len(text) for text in column) for column in zip(*((f.check, f.node) for f in findings), strict=True)]
+    for f in findings:
+        line = f"{'✓' if f.ok else '✗'} {f.check:<{widths[0]}}  {f.node:<{widths[1]}}  {f.found}"
+        say(line if f.ok else f"{line}: {f.remedy}")
+    return all(f.ok for f in findings)

@@ -1,0 +1,112 @@
+"""Photos in a .zip or .tar(.gz): streamed, never unpacked to the disk."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import PureWindowsPath
+from typing import Any, TypeVar
+
+from dogvae.console import UsageError
+from dogvae.data.photos import MAX_BYTES, MAX_HEADER_BYTES, READ_ERRORS, Entry, FileSource, Rejected, is_hidden, why
+
+_Archive = TypeVar("_Archive", zipfile.ZipFile, tarfile.TarFile)
+
+
+class Zip(FileSource):
+    kind = "zip"
+
+    def entries(self) -> Iterator[Entry | Rejected]:
+        with _opened(self.name, partial(zipfile.ZipFile, self._path)) as archive:
+            members = sorted((m for m in archive.infolist() if not m.is_dir()), key=lambda m: m.filename)
+            for index, member in enumerate(members):
+                self.share = index / len(members)
+                kind = stat.S_IFMT(member.external_attr >> 16)
+                reason = "encrypted" if member.flag_bits & 1 else None
+                if kind not in (0, stat.S_IFREG):
+                    reason = "a link" if kind == stat.S_IFLNK else "not a regular file"
+                yield from _member(member.filename, member.file_size, reason, partial(_read_zip, archive, member))
+
+
+# What tarfile reads into memory whole, whatever size it declares.
+_READ_WHOLE = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """tarfile takes a damaged header for the end of the archive: here it is an error, and so is a giant long name."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Any:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"truncated or damaged ({error})") from error
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Any:
+        header = super().frombuf(buf, encoding, errors)
+        if header.size > MAX_HEADER_BYTES and header.type in _READ_WHOLE:
+            raise tarfile.ReadError("an extended header of over 1 MB")
+        return header
+
+
+class Tar(FileSource):
+    kind = "tar"
+
+    def entries(self) -> Iterator[Entry | Rejected]:
+        with open(self._path, "rb") as raw:
+            total = max(1, os.fstat(raw.fileno()).st_size)
+            stream = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+            opener = partial(tarfile.open, fileobj=stream, mode="r|", tarinfo=_StrictHeader)
+            with _opened(self.name, opener) as archive:
+                try:
+                    while (member := archive.next()) is not None:
+                        archive.members.clear()  # type: ignore[attr-defined]  # or a million members stay in memory
+                        self.share = raw.tell() / total
+                        if member.isdir():
+                            continue
+                        reason = "a link" if member.issym() or member.islnk() else "not a regular file"
+                        read = partial(_read_tar, archive, member)
+                        yield from _member(member.name, member.size, None if member.isreg() else reason, read)
+                except READ_ERRORS as error:
+                    yield Rejected(os.path.basename(self.name), f"the rest of the archive was not read: {why(error)}")
+
+
+def _opened(name: str, opener: Callable[[], _Archive]) -> _Archive:
+    try:
+        return opener()
+    except READ_ERRORS as error:
+        raise UsageError(f"SOURCE {name} cannot be opened: {why(error)}") from error
+
+
+def _member(name: str, size: int, reason: str | None, read: Callable[[], bytes]) -> Iterator[Entry | Rejected]:
+    """A member of an archive, by a name that anyone may have written into it; nothing if it is a hidden one."""
+    path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
+    if path.anchor or ".." in path.parts:
+        yield Rejected(name, "would land outside the folder that the archive is unpacked into")
+    elif not any(is_hidden(part) for part in path.parts):
+        yield Rejected(path.as_posix(), reason) if reason else Entry(path.as_posix(), size, read)
+
+
+def _read_zip(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    with archive.open(member) as file:
+        return file.read(MAX_BYTES + 1)
+
+
+def _read_tar(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file, "only regular members are read"
+    return file.read(MAX_BYTES + 1)

@@ -1,0 +1,1 @@
+"""A trained model in use: sampling, evaluating, the playground, serving."""

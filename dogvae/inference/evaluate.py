@@ -1,0 +1,224 @@
+"""How good an exported model is: its bounds on the likelihood, its reconstructions, and how near its samples come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dogvae import rng
+from dogvae.console import UsageError
+from dogvae.data.dataset import Dataset, Split
+from dogvae.inference.elbo import baselines, evaluate
+from dogvae.inference.model import PRIORS, DogVAE
+from dogvae.network import likelihood as loss
+from dogvae.network.vae import VAE
+from dogvae.pictures import to_uint8
+from dogvae.rng import Stream
+
+SAMPLED = 2048  # pictures of each kind in a Frechet distance: it depends on their number
+CHUNK = 32  # images of the network at once
+INCEPTION_SIDE = 299
+
+Tell = Callable[[str, int, int], None]
+
+
+def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, tell: Tell) -> dict[str, Any]:
+    """All figures of a model on the validation split, in nats per image where they are of likelihoods.
+
+    `samples` are those of the importance-weighted bound. The Frechet distances of this many pictures are between
+    features of the validation images, and of samples under each prior and of training images: what a perfect model
+    could reach. Raises UsageError if the dataset does not fit the model.
+    """
+    model.check_size(dataset)
+    if samples < 1:
+        raise UsageError(f"--samples: {samples} is too small, it must be at least 1")
+    net, val = model.model, dataset.val
+    tell("validation, part", 0, 2)
+    figures: dict[str, Any] = {"images": len(val), **evaluate(net, val, model.device)}
+    net.eval()
+    figures["explained"] = loss.explained(figures["loss"], *baselines(net.config.likelihood, dataset))
+    tell("validation, part", 1, 2)
+    figures["ssim"] = _mean_ssim(net, val, model.device)
+    figures |= bounds(model, val, samples, tell)
+    n = min(SAMPLED, max(len(val), len(dataset.train)))  # of each kind, or as many as there are
+    kinds: dict[str, Callable[[], Iterator[Tensor]]] = {"validation": lambda: _chunks(val, n)}
+    kinds["training"] = lambda: _chunks(dataset.train, n)
+    for prior in PRIORS:
+        kinds[prior] = lambda prior=prior: _drawn(model, n, prior)  # type: ignore[misc]
+    figures["frechet"] = _frechets(kinds, n, lambda x: net.encoder(x.to(model.device))[0].flatten(1), tell)
+    figures["frechet_inception"], figures["without_inception"] = None, None
+    if inception:
+        try:
+            network = _inception(model.device)
+        except (OSError, RuntimeError) as error:  # RuntimeError: what came is something else
+            reason = getattr(error, "reason", error)
+            figures["without_inception"] = f"the Inception network's weights could not be downloaded: {reason}"
+        else:
+            figures["frechet_inception"] = _frechets(kinds, n, network, tell)
+    return figures
+
+
+@torch.inference_mode()
+def bounds(model: DogVAE, split: Split, samples: int, tell: Tell) -> dict[str, dict[str, float]]:
+    """For each prior, the KL (a mean over samples), and the importance-weighted bound with `samples` draws.
+
+    The bound is -log mean_k p(x | z_k) p(z_k) / q(z_k | x), z_k ~ q (Burda, Grosse & Salakhutdinov 2016, eq. 8): it
+    falls towards -log p(x) with their number. With one draw it is the negative ELBO.
+    """
+    net, device = model.model, model.device
+    weights: dict[str, list[Tensor]] = {prior: [] for prior in PRIORS}
+    divergence: dict[str, list[Tensor]] = {prior: [] for prior in PRIORS}
+    for i in range(len(split)):
+        x = split.gather(np.array([i])).to(device).float() / 255
+        mu, logvar = net.encoder(x)
+        noise = rng.normal((samples, *net.latent_shape), Stream.IMPORTANCE, i).to(device)
+        z = mu + torch.exp(0.5 * logvar) * noise
+        likelihood = net.config.likelihood
+        nll = torch.cat(
+            [
+                loss.reconstruction(likelihood, net.decoder(part)[None], x.expand(len(part), -1, -1, -1), net.log_scale)
+                for part in z.split(CHUNK)
+            ]
+        ).double()
+        log_q = torch.distributions.Normal(mu.double(), torch.exp(0.5 * logvar.double())).log_prob(z.double())
+        log_q = log_q.sum(dim=(1, 2, 3)).cpu()
+        for prior in PRIORS:
+            log_p = torch.from_numpy(model.log_prior(z.cpu().numpy(), prior))
+            divergence[prior].append((log_q - log_p).mean())
+            weights[prior].append(torch.logsumexp(log_p - log_q - nll.cpu(), dim=0) - math.log(samples))
+        tell("importance-weighted bound, image", i + 1, len(split))
+    return {
+        "kl_by_prior": {prior: float(torch.stack(v).mean()) for prior, v in divergence.items()},
+        "importance_weighted": {prior: -float(torch.stack(v).mean()) for prior, v in weights.items()},
+    }
+
+
+def ssim(a_bchw: Tensor, b_bchw: Tensor) -> Tensor:
+    """Structural similarity (b,) of images in [0, 1], 1 where they are equal (Wang et al. 2004).
+
+    With their Gaussian window of 11 pixels and standard deviation 1.5, where it lies wholly inside the image.
+    """
+    offset = torch.arange(11, dtype=a_bchw.dtype, device=a_bchw.device) - 5
+    window = torch.exp(-offset.square() / (2 * 1.5**2))
+    window = window / window.sum()
+    channels = a_bchw.shape[1]
+
+    def blur(x: Tensor) -> Tensor:
+        x = F.conv2d(x, window[None, None, :, None].expand(channels, 1, -1, 1), groups=channels)
+        return F.conv2d(x, window[None, None, None, :].expand(channels, 1, 1, -1), groups=channels)
+
+    mean_a, mean_b = blur(a_bchw), blur(b_bchw)
+    var_a, var_b = blur(a_bchw.square()) - mean_a.square(), blur(b_bchw.square()) - mean_b.square()
+    covariance = blur(a_bchw * b_bchw) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    index = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    index = index / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2))
+    return index.mean(dim=(1, 2, 3))
+
+
+def frechet(a_nd: Tensor, b_md: Tensor) -> float:
+    """Frechet distance of the Gaussians with the moments of two sets of features (Heusel et al. 2017, eq. 6)."""
+    a, b = a_nd.double(), b_md.double()
+    cov_a, cov_b = (torch.cov(x.T, correction=0) for x in (a, b))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    # The trace of (A B)^(1/2) is that of (A^(1/2) B A^(1/2))^(1/2), which is symmetric.
+    both = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * both)
+
+
+@torch.inference_mode()
+def _mean_ssim(net: VAE, split: Split, device: torch.device) -> float:
+    scores = []
+    for x in _chunks(split, len(split)):
+        x = x.to(device)
+        scores.append(ssim(net.decode_mean(net.encoder(x)[0]), x))
+    return float(torch.cat(scores).double().mean())
+
+
+@torch.inference_mode()
+def _frechets(
+    kinds: dict[str, Callable[[], Iterator[Tensor]]], n: int, network: Callable[[Tensor], Tensor], tell: Tell
+) -> dict[str, float]:
+    """Distance of each kind's features from those of the first kind."""
+    features = {}
+    for kind, chunks in kinds.items():
+        parts: list[Tensor] = []
+        for x in chunks():
+            parts.append(network(x).float().cpu())
+            tell(f"Frechet distance, {kind}: image", sum(map(len, parts)), n)
+        features[kind] = torch.cat(parts)
+    first, *others = features
+    return {kind: frechet(features[first], features[kind]) for kind in others}
+
+
+def _chunks(split: Split, most: int) -> Iterator[Tensor]:
+    """The first `most` images of a split, (b, 3, h, h) in [0, 1]."""
+    for x in split.chunks(CHUNK, most):
+        yield x.float() / 255
+
+
+def _drawn(model: DogVAE, n: int, prior: str) -> Iterator[Tensor]:
+    """`n` samples as they would be seen: rounded to 8 bits."""
+    for z in torch.from_numpy(model.sample_latents(n, prior=prior)).split(CHUNK):
+        yield torch.from_numpy(to_uint8(model.model.decode_mean(z.to(model.device)))).float() / 255
+
+
+def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Images (b, 3, h, h) in [0, 1] to the 2,048 features before torchvision's Inception v3 classifies them.
+
+    Its weights are torchvision's, downloaded once: the distances compare among themselves, not with published ones.
+    """
+    import socket
+
+    from torchvision.models import Inception_V3_Weights, inception_v3
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)
+    try:
+        network = inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1, progress=False)
+    finally:
+        socket.setdefaulttimeout(before)
+    network.fc = torch.nn.Identity()
+    network.eval().to(device)
+
+    def features(x: Tensor) -> Tensor:
+        side = (INCEPTION_SIDE, INCEPTION_SIDE)
+        x = F.interpolate(x.to(device), side, mode="bilinear", antialias=True, align_corners=False)
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        return network((x - mean.to(x)[:, None, None]) / std.to(x)[:, None, None])
+
+    return features
+
+
+def table(figures: dict[str, Any], samples: int) -> str:
+    """The figures for people."""
+    rows = [
+        ("negative ELBO, N(0, I)", f"{figures['loss']:,.1f} nats"),
+        ("  reconstruction", f"{figures['reconstruction']:,.1f} nats"),
+        ("  KL to N(0, I)", f"{figures['kl']:,.1f} nats"),
+        ("  KL to the fitted Gaussian", f"{figures['kl_by_prior']['gaussian']:,.1f} nats"),
+        ("  KL to the fitted mixture", f"{figures['kl_by_prior']['mixture']:,.1f} nats"),
+        *(
+            (f"-log p(x) at most, {samples} draws, {name}", f"{figures['importance_weighted'][prior]:,.1f} nats")
+            for prior, name in (("normal", "N(0, I)"), ("gaussian", "Gaussian"), ("mixture", "mixture"))
+        ),
+        ("explained (0: the mean image, 1: perfect)", f"{figures['explained']:.3f}"),
+        ("PSNR", f"{figures['psnr']:.2f} dB"),
+        ("SSIM", f"{figures['ssim']:.3f}"),
+        ("active latents", f"{figures['active_latents']}"),
+    ]
+    for key, name in (("frechet", "Frechet distance, encoder"), ("frechet_inception", "Frechet distance, Inception")):
+        for kind, value in (figures[key] or {}).items():
+            rows.append((f"{name}: {kind if kind == 'training' else 'samples, ' + kind}", f"{value:,.1f}"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value:>14}" for name, value in rows]
+    if figures["without_inception"]:
+        lines.append(f"{figures['without_inception']}; all else was computed")
+    return "\n".join([f"{figures['images']:,} validation images", *lines])

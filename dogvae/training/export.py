@@ -1,0 +1,152 @@
+"""The best checkpoint as a small folder that needs neither Ray nor the training code: the thing that people keep."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dogvae import __version__
+from dogvae.config import Config
+from dogvae.console import Progress, UsageError
+from dogvae.data.dataset import Dataset
+from dogvae.inference.model import EXPORT_FORMAT, EXPORT_VERSION, DogVAE, posteriors
+from dogvae.network import prior
+from dogvae.network.vae import VAE
+from dogvae.pictures import grid, png
+from dogvae.storage import Storage
+from dogvae.training.checkpoint import Checkpoints
+from dogvae.training.run_folder import CONFIG
+from dogvae.training.step import part
+
+FOLDER = "export"
+ONNX = ("encoder.onnx", "decoder.onnx")
+DIRECTIONS = 32  # principal ones that are kept
+
+
+def export(run: Storage, config: Config, folder: Storage | None = None) -> Storage:
+    """Write the best checkpoint and a prior that fits it to `folder`, by default `export/` of the run.
+
+    model.safetensors, prior.safetensors, README.md, preview.png, and config.json last. Raises UsageError if the run has
+    no finished epoch.
+    """
+    best = Checkpoints(run).best()
+    if best is None or best.meta.get("val_loss") is None:
+        raise UsageError(f"{run.uri} has no finished epoch to export: train it first")
+    weights = part(best.tensors, "ema") or part(best.tensors, "model")
+    model = VAE(config.model).eval()
+    model.load_state_dict(weights)
+    data = Dataset(config.data, config.fingerprint)
+    fitted = _prior(model, data)
+    files = {
+        "model.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in weights.items()}),
+        "prior.safetensors": safetensors.torch.save(fitted),
+    }
+    about = {
+        "format": EXPORT_FORMAT,
+        "version": EXPORT_VERSION,
+        "model": config.to_dict()["model"],
+        "training": {k: v for k, v in config.to_dict().items() if k not in ("model", "data")},
+        "dataset_fingerprint": config.fingerprint,
+        "metrics": best.meta["records"][-1],
+        "components": len(fitted["mixture.weights"]),
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "dogvae": __version__,
+    }
+    files["preview.png"] = _preview(DogVAE(model, torch.device("cpu"), about, fitted), data)
+    files["README.md"] = _card(about).encode()
+    files[CONFIG] = (json.dumps(about, indent=2) + "\n").encode()
+    folder = folder or run / FOLDER
+    for name in ONNX:  # made of other weights
+        folder.delete(name)
+    for name, content in files.items():
+        folder.write(name, content)
+    return folder
+
+
+def export_again(run: str) -> str:
+    """Export a run from its best checkpoint, whatever was there before. Returns where; UsageError if it is no run."""
+    storage = Storage(run)
+    try:
+        config = Config.from_json(storage.read(CONFIG).decode(errors="replace"), f"{run}/{CONFIG}")
+    except OSError as error:
+        raise UsageError(f"{run} is no run: it has no {CONFIG}") from error
+    return export(storage, config).uri
+
+
+def is_export(path: str) -> bool:
+    """Whether this is the folder of an exported model rather than of a run."""
+    try:
+        about = json.loads(Storage(path).read(CONFIG))
+    except (OSError, ValueError):
+        return False
+    return isinstance(about, dict) and about.get("format") == EXPORT_FORMAT
+
+
+def _prior(model: VAE, data: Dataset) -> dict[str, Tensor]:
+    """What sampling draws from, and the principal directions, as float32 tensors by name."""
+    with Progress("exporting") as line:
+        mu, var = posteriors(
+            model,
+            data.train,
+            torch.device("cpu"),
+            prior.MOST_IMAGES,
+            lambda done, total: line.update(done, total, f"encoding image {done:,} of {total:,}"),
+        )
+        fits = prior.fit(mu, var, lambda text: line.update(len(mu), len(mu), text))
+    directions, scales = prior.principal(mu, DIRECTIONS)
+    tensors = {"directions": directions, "scales": scales}
+    for name, mixture in zip(("gaussian", "mixture"), fits, strict=True):
+        tensors |= {f"{name}.{part}": tensor for part, tensor in vars(mixture).items()}
+    return {name: tensor.float().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _preview(model: DogVAE, data: Dataset) -> bytes:
+    """Samples above a walk between two validation photos; the photos themselves stay where they are."""
+    ends = data.val.gather(np.array([0, min(7, len(data.val) - 1)])).permute(0, 2, 3, 1).numpy()
+    pictures = np.concatenate([model.sample(32), model.walk(list(ends), steps=8)])
+    return png(grid(pictures, columns=8))
+
+
+def _card(about: dict[str, Any]) -> str:
+    model, training, metrics = about["model"], about["training"], about["metrics"]
+    size, dims = model["image_size"], model["latent_dim"] * 16
+    k = about["components"]
+    prior_name = f"mixture of {k} Gaussians" if k > 1 else "Gaussian"
+    return f"""# A DogVAE
+
+A variational autoencoder of dog photos: {size}x{size} RGB images to a {dims}-dimensional latent
+({model["latent_dim"]} channels of 4x4) and back. Likelihood: {model["likelihood"]}. Width: {model["width"]}.
+
+![samples, and a walk between two dogs](preview.png)
+
+| on the validation images | |
+| --- | --- |
+| negative ELBO | {metrics["val_loss"]:.1f} nats per image |
+| reconstruction | {metrics["val_reconstruction"]:.1f} nats |
+| KL | {metrics["val_kl"]:.1f} nats |
+| explained (0: the mean image, 1: perfect) | {metrics["val_explained"]:.3f} |
+| PSNR | {metrics["val_psnr"]:.2f} dB |
+| active latents of {dims} | {metrics["val_active_latents"]} |
+
+Best of {training["epochs"]} epochs: epoch {metrics["epoch"] + 1}.
+Dataset fingerprint: `{about["dataset_fingerprint"]}`.
+
+Samples come from a {prior_name}, fitted to the latents of the training photos.
+
+    dogvae playground .
+    dogvae sample . -n 64 -o samples.png
+    dogvae reconstruct . photo.jpg -o reconstruction.png
+    dogvae interpolate . one.jpg another.jpg -o walk.gif
+
+In Python:
+
+    import dogvae
+    model = dogvae.load(".")
+    pictures = model.sample(64, seed=0)  # uint8 (64, {size}, {size}, 3)
+"""

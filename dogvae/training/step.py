@@ -1,0 +1,278 @@
+"""The model, its optimiser and one step of training on one rank. Knows torch.distributed, but nothing of Ray.
+
+Every random draw comes from (seed, epoch, step) and is made for the global batch, of which each rank takes its slice:
+neither an interruption nor the number of workers changes what is computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import math
+import os
+import shutil
+import socket
+import sys
+from contextlib import nullcontext, suppress
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dogvae import rng
+from dogvae.config import Config
+from dogvae.console import UsageError
+from dogvae.data.dataset import rank_slice
+from dogvae.network import likelihood as loss
+from dogvae.network.norm import SyncBatchNorm
+from dogvae.network.vae import VAE
+from dogvae.rng import Stream
+from dogvae.training.augment import augment, draws
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
+
+
+class _EagerDDP(DistributedDataParallel):
+    """DDP for a network that is not compiled, without torch's compiler: its import takes longer than that of torch.
+
+    DDP asks it in which way it works together with compiled networks, and hides itself from it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        is_there = "torch._dynamo" in sys.modules
+        if not is_there:
+            utils = SimpleNamespace(get_optimize_ddp_mode=lambda: "no_optimization")
+            torch._dynamo = SimpleNamespace(utils=utils)  # type: ignore[assignment]
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if not is_there:
+                del torch._dynamo
+
+    def _inside_ddp_forward(self) -> Any:
+        return nullcontext()
+
+
+class Trainer:
+    """The model, its optimiser and its averaged weights on one rank, and one step of training."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        torch.manual_seed(
+            rng.seed(Stream.WEIGHTS, config.seed)
+        )  # every rank starts from the same weights, at every world size
+        self.model = VAE(config.model).to(device)
+        if device.type == "cuda":
+            self.model = self.model.to(memory_format=torch.channels_last)
+        else:
+            keep_freed_memory()
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
+        if config.compile == "on":
+            for module in self.model.modules():
+                if isinstance(module, SyncBatchNorm) and self.world_size > 1:
+                    # Left to itself the compiler moves the sums over ranks, differently for a rank without images.
+                    module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+            self.model.compile()
+        self.net: Any = self.model
+        if self.world_size > 1:
+            devices = [device] if device.type == "cuda" else None
+            self.net = (DistributedDataParallel if config.compile == "on" else _EagerDDP)(
+                self.model,
+                device_ids=devices,
+                gradient_as_bucket_view=True,
+                # Otherwise DDP arranges its buckets anew after the first step: the gradients of three and more ranks
+                # would be added up in another order in a process that has just started than in one that has not.
+                find_unused_parameters=True,
+            )
+            if config.gradient_compression == "bf16":
+                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+                self.net.register_comm_hook(None, bf16_compress_hook)
+        self.parameters = dict(self.model.named_parameters())
+        self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.updates = torch.zeros((), device=device)  # that Adam has made
+        self.bf16 = config.precision == "bf16" or (
+            config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        self.noise = torch.Generator(device)
+        # Of this epoch on this rank, over the steps that were not skipped: images, loss, reconstruction and KL in nats,
+        # gradient norms; and how many steps were skipped.
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self.streak = torch.zeros((), dtype=torch.int64, device=device)  # steps skipped in a row, up to now
+
+    def step(self, images: Tensor, n: int, epoch: int, step: int, steps: int) -> None:
+        """One step on this rank's slice, uint8 (b, 3, h, h), of a global batch of `n` images; `steps` make an epoch."""
+        config, device = self.config, self.device
+        mine = rank_slice(n, self.rank, self.world_size)
+        x = images.float() / 255
+        if config.augment:
+            flip, degrees = (torch.from_numpy(a[mine]).to(device) for a in draws(n, config.seed, epoch, step))
+            x = augment(x, flip, degrees)
+        if device.type == "cuda":
+            x = x.to(memory_format=torch.channels_last)
+        self.noise.manual_seed(rng.seed(Stream.POSTERIOR, config.seed, epoch, step))
+        noise = torch.randn((config.samples, n, *self.model.latent_shape), generator=self.noise, device=device)
+        # Batch norm takes its statistics in passing: should the step be skipped, they are put back.
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            logits, mu, logvar = self.net(x, noise[:, mine])
+        reconstruction = loss.reconstruction(config.model.likelihood, logits, x, self.model.log_scale)
+        kl = loss.kl(mu, logvar)
+        beta = beta_at(config, epoch + step / steps)
+        objective = self._objective(reconstruction.sum(), kl.sum(), beta, n)
+        self.model.zero_grad(set_to_none=True)
+        # DDP averages over ranks: times their number, the slices' sums add up to the mean over the global batch.
+        (objective * self.world_size).backward()
+        skipped, norm = self._update(lr_at(config, epoch + step / steps), epoch * steps + step, before)
+        nats = torch.stack([reconstruction.sum() + beta * kl.sum(), reconstruction.sum(), kl.sum()]).detach().double()
+        images_nats_norm = torch.cat([nats.new_tensor([len(x)]), nats, norm.double()[None]])
+        taken = torch.where(skipped > 0, torch.zeros_like(images_nats_norm), images_nats_norm)
+        self.sums += torch.cat([taken, skipped.double()[None]])
+        self.streak = (self.streak + 1) * skipped.long()
+
+    def _objective(self, reconstruction: Tensor, kl: Tensor, beta: float, n: int) -> Tensor:
+        """This rank's part of the loss of a global batch of `n` images, from sums over its own images."""
+        if self.config.loss_scale == "image":
+            return (reconstruction + beta * kl) / n
+        # The notebook: cross-entropy averaged over the pixels there are, KL over those of a full batch.
+        pixels = 3 * self.config.model.image_size**2
+        return reconstruction / (n * pixels) + beta * kl / (self.config.batch_size * pixels)
+
+    def _update(self, lr: float, number: int, before: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Apply the gradients of step `number` of the run, unless they are not finite: then nothing changes, and the
+        buffers are again what they were `before`. Returns whether it was skipped (1. or 0.) and the gradients' norm.
+        """
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
+        skipped = (~torch.isfinite(norm)).float()
+        self._adam(gradients, lr, skipped)
+        for buffer, old in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(torch.where(skipped > 0, old, buffer))
+        if self.ema is not None:
+            # Early on the average is short, or it would remember the random weights it started from.
+            decay = min(self.config.ema, (1 + number) / (10 + number))
+            share = (1 - skipped) * (1 - decay)
+            for average, p in zip(self.ema.parameters(), self.parameters.values(), strict=True):
+                average.lerp_(p.detach(), share)
+            for mean, value in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+                mean.copy_(value)
+        return skipped, norm
+
+    def _adam(self, gradients: list[Tensor], lr: float, skipped: Tensor) -> None:
+        """A step of Adam (Kingma & Ba 2015). Where `skipped` is 1 weights and moments are left alone, without asking
+        the device first.
+
+        The kernel of torch.optim.Adam(fused=True), without that class: its first use imports torch's compiler, which
+        every start of a worker would wait for, some seconds.
+        """
+        self.updates += 1
+        torch._fused_adam_(
+            [p.detach() for p in self.parameters.values()],
+            gradients,
+            list(self.exp_avg.values()),
+            list(self.exp_avg_sq.values()),
+            [],
+            [self.updates] * len(gradients),
+            lr=lr,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=0.0,
+            eps=EPS,
+            amsgrad=False,
+            maximize=False,
+            found_inf=skipped,
+        )
+        self.updates -= skipped
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights."""
+        return sum(p.numel() * p.element_size() for p in self.parameters.values())
+
+    @property
+    def judged(self) -> VAE:
+        """The model that is validated and exported: the averaged weights if there are any."""
+        return self.ema or self.model
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors of the training state, by names that do not depend on the world size."""
+        tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
+        if self.ema is not None:
+            tensors |= {f"ema/{name}": t for name, t in self.ema.state_dict().items()}
+        tensors |= {f"adam/exp_avg/{name}": t for name, t in self.exp_avg.items()}
+        tensors |= {f"adam/exp_avg_sq/{name}": t for name, t in self.exp_avg_sq.items()}
+        return tensors | {"adam/updates": self.updates, "streak": self.streak}
+
+    def global_sums(self) -> Tensor:
+        """`sums` over all ranks; every rank must call it."""
+        images_nats = self.sums[:4].clone()
+        if self.world_size > 1:
+            dist.all_reduce(images_nats)
+        return torch.cat([images_nats, self.sums[4:]])  # norms and skipped steps are the same on all ranks
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` gave, and, if it is there, what `global_sums` gave as `sums`."""
+        self.model.load_state_dict(part(tensors, "model"))
+        if self.ema is not None:
+            self.ema.load_state_dict(part(tensors, "ema"))
+        for key, moments in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            saved = part(tensors, f"adam/{key}")
+            for name, moment in moments.items():
+                moment.copy_(saved[name])
+        self.updates.copy_(tensors["adam/updates"])
+        self.streak = tensors["streak"].to(self.device, copy=True)
+        if "sums" in tensors:
+            self.sums.copy_(tensors["sums"])
+            if self.rank > 0:
+                self.sums[:4] = 0  # rank 0 carries them for all
+
+
+def check_compiler(config: Config) -> None:
+    """UsageError if the network is to be compiled and this node cannot."""
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile == "on" and not shutil.which(compiler):
+        raise UsageError(
+            f"--compile on: {socket.gethostname()} has no C++ compiler {compiler}: install one, or leave it out"
+        )
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a prefix, without it."""
+    return {name.removeprefix(prefix + "/"): t for name, t in tensors.items() if name.startswith(prefix + "/")}
+
+
+def lr_at(config: Config, epoch: float) -> float:
+    """Learning rate at a moment of training, in epochs: linear warm-up, then constant or half a cosine down to 1%."""
+    if epoch < config.lr_warmup:
+        return config.lr * (epoch + 0.01) / (config.lr_warmup + 0.01)
+    if config.schedule == "constant":
+        return config.lr
+    share = (epoch - config.lr_warmup) / max(config.epochs - config.lr_warmup, 1e-9)
+    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+
+def beta_at(config: Config, epoch: float) -> float:
+    """Weight of the KL term at a moment of training, in epochs: linear from 0 over the warm-up."""
+    return config.beta * min(1.0, epoch / config.kl_warmup) if config.kl_warmup else config.beta
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that it frees.
+
+    Every step allocates the same large tensors. glibc gives each back to the system when it is freed, which clears the
+    pages again for the next step: a quarter of the time at K = 10. Holds for the process's first thread, and for those
+    that are started afterwards. Other C libraries have no such switch.
+    """
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_ARENA_MAX, 1)  # other arenas than the first hold nothing of more than 64 MB
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

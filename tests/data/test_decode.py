@@ -1,0 +1,226 @@
+"""Pixels against values computed by hand; hostile bytes give a reason and never raise."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dogvae.data.decode import crops, to_rgb
+from dogvae.data.photos import Box, Drawing, Photo
+
+
+def encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def decode(data: bytes, size: int = 32, boxes: tuple[Box, ...] = ()) -> np.ndarray:
+    """The one crop, (3, size, size)."""
+    [(_, pixels)] = crops(Photo("x", data, boxes), size)
+    assert not isinstance(pixels, str), pixels
+    return pixels
+
+
+def reason(data: bytes, boxes: tuple[Box, ...] = ()) -> str:
+    [(_, text)] = crops(Photo("x", data, boxes), 32)
+    assert isinstance(text, str)
+    assert "\n" not in text
+    assert text
+    return text
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def test_an_image_of_the_wanted_size_is_not_changed() -> None:
+    image = noise(32, 32)
+    np.testing.assert_array_equal(decode(encode(image)), np.asarray(image).transpose(2, 0, 1))
+
+
+def test_centre_square_of_a_wide_image() -> None:
+    left, middle, right = (Image.new("RGB", (32, 32), color) for color in ("red", "lime", "blue"))
+    wide = Image.fromarray(np.hstack([left, middle, right]))
+    assert np.unique(decode(encode(wide)).reshape(3, -1), axis=1).T.tolist() == [[0, 255, 0]]
+    assert np.unique(decode(encode(wide.transpose(Image.Transpose.ROTATE_90))).reshape(3, -1), axis=1).T.tolist() == [
+        [0, 255, 0]
+    ]
+
+
+def test_resizing_anti_aliases() -> None:
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255  # nearest-neighbour would give all black or all white
+    assert np.abs(decode(encode(Image.fromarray(stripes)))[:, :, 2:-2].astype(float) - 127.5).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int) -> None:
+    image = noise(45, 33)
+    inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the Transpose that undoes what a viewer will do
+    stored = image.transpose(Image.Transpose(inverse[orientation])) if orientation > 1 else image
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(decode(encode(stored, exif=exif)), decode(encode(image)))
+
+
+def test_transparent_is_white() -> None:
+    rgba = np.zeros((32, 32, 4), np.uint8)
+    rgba[:16, :, 3] = 255  # black above, transparent black below
+    expected = np.zeros((3, 32, 32), np.uint8)
+    expected[:, 16:] = 255
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(rgba))), expected)
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(rgba[:, :, 2:]))), expected)  # grey and alpha
+    half = np.full((32, 32, 4), (200, 100, 0, 51), np.uint8)  # 51 / 255 is a fifth
+    assert decode(encode(Image.fromarray(half)))[:, 0, 0].tolist() == [244, 224, 204]
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF", "WEBP"])
+def test_transparent_palette_is_white(format: str) -> None:
+    image = Image.new("P", (32, 32), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.paste(0, (0, 0, 32, 16))
+    pixels = decode(encode(image, format, transparency=0, lossless=True) if format != "WEBP" else encode(
+        Image.fromarray(np.where(np.asarray(image)[..., None] == 0, (255, 0, 0, 0), (0, 0, 255, 255)).astype(np.uint8)),
+        "WEBP", lossless=True))  # fmt: skip
+    assert pixels[:, 0, 0].tolist() == [255, 255, 255]
+    assert pixels[:, 31, 0].tolist() == [0, 0, 255]
+
+
+def test_16_bit_ramp() -> None:
+    ramp = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    expected = (ramp // 256).astype(np.uint8)
+    pixels = decode(encode(Image.fromarray(ramp)))
+    assert all((channel == expected).all() for channel in pixels)
+    for mode in ("I;16", "I;16B"):
+        stored = ramp.astype(">u2" if mode == "I;16B" else "<u2")
+        image = Image.frombytes(mode, (32, 32), stored.tobytes())
+        np.testing.assert_array_equal(np.asarray(to_rgb(image))[..., 0], expected)
+    wide = Image.fromarray(np.array([[-5, 0, 256, 65535, 70000]], np.int32))
+    assert np.asarray(to_rgb(wide))[0, :, 0].tolist() == [0, 0, 1, 255, 255]
+    floats = Image.fromarray(np.array([[-5.0, 0, 1, 254, 300]], np.float32))
+    assert np.asarray(to_rgb(floats))[0, :, 0].tolist() == [0, 0, 1, 254, 255]
+
+
+def test_cmyk_jpeg() -> None:
+    image = Image.new("CMYK", (32, 32), (255, 0, 0, 0))  # pure cyan; Pillow writes it as Adobe does, inverted
+    assert np.abs(decode(encode(image, "JPEG", quality=100))[:, 5, 5].astype(int) - (0, 255, 255)).max() <= 2
+
+
+def test_grey_bits_and_first_frame() -> None:
+    bits = Image.new("1", (32, 32), 0)
+    bits.paste(1, (0, 0, 32, 16))
+    assert decode(encode(bits))[:, [0, 31], 0].tolist() == [[255, 0]] * 3
+    assert decode(encode(Image.new("L", (40, 40), 77), "JPEG"))[:, 3, 3].tolist() == [77] * 3
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    for format in ("GIF", "WEBP", "PNG"):
+        data = encode(frames[0], format, save_all=True, append_images=frames[1:], lossless=True)
+        assert Image.open(io.BytesIO(data)).n_frames == 2
+        assert decode(data)[:, 5, 5].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (1, 1), (3, 2)])
+def test_thin_and_small_images(shape: tuple[int, int]) -> None:
+    pixels = decode(encode(Image.new("RGB", shape, (1, 2, 3))), 128)
+    assert np.unique(pixels.reshape(3, -1), axis=1).T.tolist() == [[1, 2, 3]]
+
+
+def test_reduced_jpeg_is_close_to_full_scale() -> None:
+    y, x = np.mgrid[:600, :600]
+    smooth = np.stack([127 + 100 * np.sin(x / 40), 127 + 100 * np.cos(y / 50), (x + y) / 5], axis=-1).astype(np.uint8)
+    data = encode(Image.fromarray(smooth), "JPEG", quality=95)
+    exact = np.asarray(Image.open(io.BytesIO(data)).resize((64, 64), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    assert np.abs(decode(data, 64).astype(int) - exact).mean() < 1
+
+
+def test_boxes_are_cut_before_resizing_and_clipped() -> None:
+    image = Image.new("RGB", (100, 80), "black")
+    image.paste((255, 0, 0), (10, 20, 42, 52))
+    image.paste((0, 255, 0), (80, 60, 100, 80))
+    boxes = ((10, 20, 42, 52), (80, 60, 120, 999), (50, 50, 50, 60), (200, 0, 210, 10))
+    red, lime, empty, outside = crops(Photo("x", encode(image), boxes), 32)
+    assert [red[0], lime[0], empty[0], outside[0]] == list(boxes)
+    assert np.unique(red[1].reshape(3, -1), axis=1).T.tolist() == [[255, 0, 0]]
+    assert np.unique(lime[1].reshape(3, -1), axis=1).T.tolist() == [[0, 255, 0]]
+    assert empty[1] == "box (50, 50, 50, 60) is empty or outside the image (100 x 80 pixels)"
+    assert outside[1] == "box (200, 0, 210, 10) is empty or outside the image (100 x 80 pixels)"
+
+
+def test_drawing() -> None:
+    [(_, pixels)] = crops(Photo("x", Drawing(0, 0)), 64)
+    assert isinstance(pixels, np.ndarray)
+    assert pixels.shape == (3, 64, 64)
+    assert len(np.unique(pixels)) > 20
+
+
+def png(width: int, height: int, idat: bytes) -> bytes:
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", idat), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_bad_files_give_a_reason() -> None:
+    jpeg, bmp = encode(noise(200, 200), "JPEG"), encode(noise(50, 50), "BMP")
+    assert "truncated" in reason(jpeg[: len(jpeg) // 2])
+    assert "truncated" in reason(bmp[: len(bmp) // 2])
+    assert "exceeds limit of 89478485 pixels" in reason(png(10_000, 10_000, b""))
+    assert "exceeds limit" in reason(png(65_535, 65_535, zlib.compress(b"")))
+    assert reason(b"junk") == "not an image of a known format (JPEG, PNG, WEBP, GIF, BMP)"
+    assert reason(encode(noise(20, 20), "TIFF")).startswith("not an image of a known format")
+    assert reason(encode(noise(20, 20), "EPS")).startswith("not an image of a known format")
+    assert reason(png(0, 5, b""))
+    assert reason(png(5, 5, b"no zlib"))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damaged_bytes_never_raise(format: str, data: st.DataObject) -> None:
+    image = bytearray(encode(noise(24, 17), format))
+    for _ in range(data.draw(st.integers(1, 8))):
+        image[data.draw(st.integers(0, len(image) - 1))] = data.draw(st.integers(0, 255))
+    damaged = bytes(image[: data.draw(st.integers(0, len(image)))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nor does a warning get out
+        for _, pixels in crops(Photo("x", damaged), 32):
+            assert isinstance(pixels, str) or (pixels.shape == (3, 32, 32) and pixels.dtype == np.uint8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=400))
+def test_random_bytes_never_raise(data: bytes) -> None:
+    assert reason(data)
+
+
+MODES = {
+    "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+    "JPEG": ("L", "RGB", "CMYK", "YCbCr"),
+    "WEBP": ("RGB", "RGBA"),
+}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from([(format, mode) for format, modes in MODES.items() for mode in modes]),
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.sampled_from([32, 64, 128]),
+)
+def test_any_mode_and_size(kind: tuple[str, str], width: int, height: int, size: int) -> None:
+    format, mode = kind
+    pixels = decode(encode(Image.new(mode, (width, height)), format), size)
+    assert pixels.shape == (3, size, size)
+    assert pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("mode", sorted(set(Image.MODES) - {"La"}))  # which no file has
+def test_every_mode_of_pillow_becomes_rgb(mode: str) -> None:
+    assert to_rgb(Image.new(mode, (3, 2))).mode == "RGB"

@@ -1,0 +1,223 @@
+"""Several hosts on one machine, for what needs a cluster: each boots from a private copy of this machine's disk.
+
+A host is a set of Linux namespaces (network, mounts, name, processes, shared memory) with an address of its own on a
+bridge, a /tmp and a home of its own, and sshd as its first process. What it writes is seen by no other host and not by
+this machine, but for /mnt/share, which all hosts have. Needs root, iproute2, openssh-server and rsync; nothing leaves
+the bridge. This machine plays the laptop from which the cluster is started.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+
+from tests.support.command import ROOT
+
+BRIDGE, SUBNET = "dogvae-br", "10.78.0"
+LAPTOP = f"{SUBNET}.1"
+USER, HOME = "ubuntu", "/home/ubuntu"
+VENV = Path(sys.prefix)
+SHARE = "/mnt/share"
+# What a machine image brings along: an environment that the set-up finds in place, and no way to fetch another one.
+PROFILE = f"export PATH={VENV}/bin:$PATH UV_OFFLINE=1 OMP_NUM_THREADS=1\n"
+
+# The first process of a host: its disk is this machine's, written to a layer of its own.
+INIT = """
+set -e
+hostname {name}
+mount -t tmpfs -o size=16g tmpfs {place}
+mkdir {place}/written {place}/work {place}/disk
+mount -t overlay overlay -o lowerdir=/,upperdir={place}/written,workdir={place}/work {place}/disk
+cd {place}/disk
+mount -t proc proc proc
+mount --rbind /dev dev
+mount --rbind /sys sys
+mount -t tmpfs tmpfs run
+mount -t tmpfs -o mode=1777 tmpfs tmp
+mount -t tmpfs -o size=2g tmpfs dev/shm
+if [ ! -d .{venv} ]; then
+  mkdir -p .{venv} {place}/venv-written {place}/venv-work
+  mount -t overlay overlay -o lowerdir={venv},upperdir={place}/venv-written,workdir={place}/venv-work .{venv}
+fi
+mkdir -p run/sshd .{share} .{home}
+mount --bind {shared} .{share}
+cp {base}/etc_hosts etc/hosts
+: > etc/resolv.conf
+sed -i '/^{user}:/d' etc/passwd etc/shadow
+sed -i '1i {user}:x:0:0::{home}:/bin/bash' etc/passwd  # first: the name and the home of user 0
+echo '{user}:*:19000:0:99999:7:::' >> etc/shadow
+cp {base}/profile .{home}/.bashrc
+cp {base}/profile .{home}/.profile
+ln -s {venv} .{home}/venv
+exec chroot . /usr/sbin/sshd -D -e -f {base}/sshd_config
+"""
+SSHD = """
+HostKey {base}/hostkey
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+UsePAM no
+StrictModes no
+AuthorizedKeysFile {base}/key.pub
+PidFile none
+MaxStartups 50
+PrintMotd no
+Subsystem sftp internal-sftp
+"""
+
+
+def missing() -> str:
+    """What this machine lacks for hosts; an empty string if nothing."""
+    if os.geteuid():
+        return "root"
+    lacking = [name for name in ("ip", "rsync", "unshare", "ssh", "sshd", "uv", "curl") if not _find(name)]
+    # A host installs these without a network: they must be there.
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line[:60])
+    have = {d.name.lower().replace("_", "-"): d.version.partition("+")[0] for d in distributions()}
+    lacking += [f"{name}=={pin}" for name, pin in pins.items() if have.get(name, pin) != pin]
+    return ", ".join(lacking)
+
+
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """A folder for `Hosts`; skips the test where there can be none."""
+    if lacking := missing():
+        pytest.skip(f"hosts need {lacking}")
+    with tempfile.TemporaryDirectory(prefix="dogvae-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _find(name: str) -> str | None:
+    return shutil.which(name, path=f"{VENV}/bin:{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
+def ip(*args: str, check: bool = True) -> str:
+    """Run iproute2's command; its output."""
+    return subprocess.run(["ip", *args], check=check, capture_output=True, text=True).stdout
+
+
+class Host:
+    """A host: its `name`, its `address`, and its power switch and cable."""
+
+    def __init__(self, hosts: Hosts, name: str, number: int) -> None:
+        self._hosts, self.name, self.address = hosts, name, f"{SUBNET}.{10 + number}"
+        self._net, self._cable = f"dogvae-{name}", f"dogvae-v{number}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def plug_in(self) -> None:
+        """Give it a network card with a cable to the bridge."""
+        ip("netns", "add", self._net)
+        ip("link", "add", self._cable, "type", "veth", "peer", "name", "eth0", "netns", self._net)
+        ip("link", "set", self._cable, "master", BRIDGE, "up")
+        ip("-n", self._net, "addr", "add", f"{self.address}/24", "dev", "eth0")
+        for device in ("eth0", "lo"):
+            ip("-n", self._net, "link", "set", device, "up")
+        ip("-n", self._net, "route", "add", "default", "via", LAPTOP)  # else Ray takes 127.0.0.1 for its address
+
+    def readdress(self, inside: str, outside: str) -> None:
+        """Give it the addresses of a machine in a cloud: one among the others (a /16), and one for this machine."""
+        ip("-n", self._net, "addr", "add", f"{inside}/16", "dev", "eth0")
+        ip("-n", self._net, "route", "replace", "default", "via", LAPTOP, "src", inside)
+        ip("-n", self._net, "addr", "add", f"{outside}/32", "dev", "eth0")
+        ip("route", "replace", f"{outside}/32", "via", self.address)
+
+    def power_on(self) -> None:
+        """Boot, and wait for sshd."""
+        base = self._hosts.base
+        script = INIT.format(
+            name=self.name, place=base / self.name, base=base, shared=self._hosts.share, share=SHARE, user=USER,
+            home=HOME, venv=VENV,
+        )  # fmt: skip
+        (base / self.name).mkdir(exist_ok=True)
+        namespaces = ["--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--propagation", "private"]
+        with (base / f"{self.name}.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                ["ip", "netns", "exec", self._net, "unshare", *namespaces, "bash", "-c", script],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        for _ in range(200):
+            assert self._process.poll() is None, (base / f"{self.name}.log").read_text()
+            with suppress(OSError):
+                socket.create_connection((self.address, 22), timeout=1).close()
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"{self.name} does not answer: {(base / f'{self.name}.log').read_text()}")
+
+    def power_off(self) -> None:
+        """All that runs there ends at once; what was written to its disk is lost."""
+        if self._process:
+            for pid in ip("netns", "pids", self._net, check=False).split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            self._process.wait()
+
+    def cut(self) -> None:
+        """Pull the cable: silence, and no connection is closed."""
+        ip("link", "set", self._cable, "down")
+
+    def inside(self, *command: str) -> list[str]:
+        """A command that has its network, and else runs on this machine."""
+        return ["ip", "netns", "exec", self._net, *command]
+
+    def ssh(self, command: str, timeout: float = 300) -> str:
+        """The output of a command typed at its prompt; AssertionError if it fails."""
+        done = subprocess.run(self.ssh_command(command), capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == 0, f"{self.name}: {command}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def ssh_command(self, command: str) -> list[str]:
+        """What to start for a command at its prompt."""
+        quiet = ["-q", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+        typed = f"bash --login -c {_quoted(f'source ~/.bashrc; {command}')}"
+        return ["ssh", *quiet, "-i", str(self._hosts.base / "key"), f"{USER}@{self.address}", typed]
+
+    def remove(self) -> None:
+        """Power off, and take the network card away."""
+        self.power_off()
+        ip("netns", "del", self._net, check=False)
+        ip("link", "del", self._cable, check=False)
+
+
+class Hosts:
+    """The bridge, its hosts by name, and what they share. `base` holds keys and logs: a folder that is not in /tmp."""
+
+    def __init__(self, base: Path, names: Sequence[str], profile: str = "") -> None:
+        self.base = base
+        self.share = base / "share"
+        self._by_name = {name: Host(self, name, number) for number, name in enumerate(names)}
+        self.share.mkdir()
+        for key in ("key", "hostkey"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", base / key], check=True)
+        (base / "sshd_config").write_text(SSHD.format(base=base))
+        (base / "profile").write_text(PROFILE + profile)
+        lines = ["127.0.0.1 localhost", *(f"{host.address} {name}" for name, host in self._by_name.items())]
+        (base / "etc_hosts").write_text("\n".join(lines) + "\n")
+        ip("link", "add", BRIDGE, "type", "bridge")
+        ip("addr", "add", f"{LAPTOP}/24", "dev", BRIDGE)
+        ip("link", "set", BRIDGE, "up")
+        for host in self._by_name.values():
+            host.plug_in()
+
+    def __getitem__(self, name: str) -> Host:
+        return self._by_name[name]
+
+    def close(self) -> None:
+        """End all of it."""
+        for host in self._by_name.values():
+            host.remove()
+        ip("link", "del", BRIDGE, check=False)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"

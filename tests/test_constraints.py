@@ -1,0 +1,57 @@
+"""constraints.txt: whoever installs with it gets the versions that were tested, of everything that is installed."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+tomllib = pytest.importorskip("tomllib", reason="the constraints are for Python 3.11")
+ROOT = Path(__file__).parents[1]
+LINES = (ROOT / "constraints.txt").read_text().splitlines()
+PINS = {canonicalize_name(line.split("==")[0]): line.split("==")[-1] for line in LINES[1:]}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def requirements() -> list[Requirement]:
+    """What a machine of a cluster gets: the dependencies, what builds, boto3 for a head that asks AWS for workers."""
+    lines = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"], "boto3"]
+    extras = PROJECT["project"]["optional-dependencies"]
+    return [Requirement(line) for line in lines + [x for name in extras if name != "dev" for x in extras[name]]]
+
+
+def test_every_line_is_one_version_of_one_package() -> None:
+    """No ranges, places or local versions, none twice; the first line says how the file is made."""
+    assert LINES[0].startswith("# uv pip freeze")
+    assert [line for line in LINES[1:] if not re.fullmatch(r"[A-Za-z0-9._-]+==\d[A-Za-z0-9.]*", line)] == []
+    assert len(PINS) == len(LINES) - 1
+    assert "dogvae" not in PINS
+
+
+def test_everything_that_is_installed_is_pinned_within_its_bounds() -> None:
+    """Also what our dependencies depend on, as far as their versions here are the pinned ones."""
+    assert len(requirements()) > 15
+    waiting, seen = [(r, "") for r in requirements()], set()
+    while waiting:
+        requirement, extra = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        assert name in PINS, name
+        assert Version(PINS[name]) in requirement.specifier, requirement
+        for wanted in ("", *requirement.extras):
+            if (name, wanted) not in seen and distribution(name).version == PINS[name]:
+                seen.add((name, wanted))
+                waiting += [(Requirement(line), wanted) for line in distribution(name).requires or []]
+
+
+def test_no_ray_is_installed_on_which_nothing_ran() -> None:
+    (ray,) = (Requirement(line) for line in PROJECT["project"]["dependencies"] if line.startswith("ray["))
+    assert PINS["ray"] in ray.specifier
+    major, minor, *_ = Version(PINS["ray"]).release
+    assert f"{major}.{minor + 1}.0" not in ray.specifier

@@ -1,0 +1,167 @@
+"""What is seen of a search while it runs: one live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from dogvae.console import clock, say, stop_signals
+from tune.ranking import Entry
+
+PLAIN_INTERVAL_S = 60.0
+ENDED = ("done", "stopped", "failed")
+
+
+class View:
+    """How all trials stand; Tune's thread writes it, the main thread shows it."""
+
+    def __init__(self, trials: int, epochs: int, parameters: list[str], known: Sequence[Entry]) -> None:
+        self._trials, self._epochs, self._parameters = trials, epochs, parameters
+        self.entries: dict[int, Entry] = {entry.number: entry for entry in known}
+        self._best: dict[int, dict[str, Any]] = {}
+        self._last: dict[int, int] = {}
+        self._news: list[int] = []
+        self._notes: list[str] = []
+        self._replayed = {entry.number for entry in known if entry.state in ENDED[:2]}
+        self._known = {entry.number: entry for entry in known}
+        self._began = time.monotonic()
+        self.stopping = False
+
+    def record(self, number: int, record: dict[str, Any]) -> None:
+        """An epoch of a trial."""
+        self._last[number] = record["epoch"] + 1
+        loss, best = record["val_loss"], self._best.get(number)
+        if loss is not None and math.isfinite(loss) and (best is None or loss < best["val_loss"]):
+            self._best[number] = record
+
+    def epochs_of(self, number: int) -> int:
+        """How many a trial has done."""
+        return self._last.get(number, 0)
+
+    def ended(self, number: int) -> None:
+        """A trial will do no more."""
+        if number not in self._replayed:
+            self._news.append(number)
+
+    def note(self, line: str) -> None:
+        """Show a lasting line."""
+        self._notes.append(line)
+
+    def at_work(self) -> bool:
+        """Whether a trial is training, or being saved."""
+        return any(entry.state == "running" for entry in self.entries.values())
+
+    def follow(self, fit: Future[Any], hub: Any, budget_s: float | None) -> int | None:
+        """Show the search until `fit` has ended; see `tune.search.run` for what is returned."""
+        end = math.inf if budget_s is None else self._began + budget_s
+        show = self._live if sys.stdout.isatty() else self._plain
+        with stop_signals() as received:
+            show(fit, hub, received, end)
+        fit.result()  # its error, if it has one
+        return received[0] if received else None
+
+    def _stop(self, hub: Any, received: list[int], end: float) -> str | None:
+        """Have the trials save and stop if it is time; a line that says so, once."""
+        if self.stopping or not (received or time.monotonic() > end):
+            return None
+        self.stopping = True
+        hub.stop.remote()
+        if not received:
+            received.append(0)  # as a signal: the next one stops at once
+            return "time is up: stopping after a checkpoint of each trial; Ctrl-C stops at once"
+        return "stopping after a checkpoint of each trial; once more stops at once"
+
+    def _plain(self, fit: Future[Any], hub: Any, received: list[int], end: float) -> None:
+        told = time.monotonic()
+        while True:
+            last = fit.done()
+            if line := self._stop(hub, received, end):
+                say(line)
+            while self._notes:
+                say(self._notes.pop(0))
+            while self._news:
+                say(f"{self._describe(self.entries[self._news.pop(0)])}; {self._summary()}")
+                told = time.monotonic()
+            if time.monotonic() - told > PLAIN_INTERVAL_S:
+                say(self._summary())
+                told = time.monotonic()
+            if last:
+                return
+            time.sleep(0.2)
+
+    def _live(self, fit: Future[Any], hub: Any, received: list[int], end: float) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console()
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                last = fit.done()
+                if line := self._stop(hub, received, end):
+                    console.print(line)
+                while self._notes:
+                    console.print(self._notes.pop(0), highlight=False, markup=False)
+                live.update(self._table(console.height - 4), refresh=True)
+                if last:
+                    return
+                time.sleep(0.5)
+
+    def _table(self, height: int) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False)
+        for title in ("trial", *self._parameters, "epoch", "loss", "reconstruction", "KL", "state"):
+            table.add_column(title, justify="left" if title == "state" else "right", no_wrap=True)
+        for number in self._ranked()[: max(1, height)]:
+            entry, best = self.entries[number], self._best.get(number)
+            values = [_short(entry.setting.get(name)) for name in self._parameters]
+            names = ("val_loss", "val_reconstruction", "val_kl")
+            numbers = [f"{best[name]:,.0f}" for name in names] if best else ["", "", ""]
+            style = "bold" if entry.state == "running" else "dim" if entry.state == "stopped" else None
+            epochs = f"{self.epochs_of(number)}/{self._epochs}"
+            table.add_row(str(number), *values, epochs, *numbers, entry.state, style=style)
+        return Group(table, Text(self._counts(), style="italic", no_wrap=True, overflow="ellipsis"))
+
+    def _ranked(self) -> list[int]:
+        """Trials, the best on top."""
+
+        def order(number: int) -> tuple[bool, float, int]:
+            failed = self.entries[number].state == "failed"
+            return failed, self._best[number]["val_loss"] if number in self._best else math.inf, number
+
+        return sorted(list(self.entries), key=order)
+
+    def _describe(self, entry: Entry) -> str:
+        setting = ", ".join(f"{name} {_short(entry.setting[name])}" for name in self._parameters)
+        best = self._best.get(entry.number)
+        loss = f", loss {best['val_loss']:,.0f}" if best else ""
+        why = f": {entry.reason}" if entry.reason else ""
+        return f"trial {entry.number} ({setting}) {entry.state} after epoch {self.epochs_of(entry.number)}{loss}{why}"
+
+    def _summary(self) -> str:
+        ranked = self._ranked()
+        if not ranked or ranked[0] not in self._best:
+            return self._counts()
+        return f"{self._counts()}, best so far: {self._best[ranked[0]]['val_loss']:,.0f} by trial {ranked[0]}"
+
+    def _counts(self) -> str:
+        count = {state: sum(e.state == state for e in list(self.entries.values())) for state in (*ENDED, "running")}
+        ended = sum(count[state] for state in ENDED)
+        parts = [f"{ended} of {self._trials} trials ended"]
+        parts += [f"{count['stopped']} of them early"] * bool(count["stopped"])
+        parts += [f"{count['failed']} failed"] * bool(count["failed"]) + [f"{count['running']} running"]
+        entries = list(self.entries.values())
+        if fresh := sum(e.state in ENDED and e != self._known.get(e.number) for e in entries):
+            left = (time.monotonic() - self._began) * (self._trials - ended) / fresh
+            parts.append(f"about {clock(left)} left")
+        return ", ".join(parts)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
