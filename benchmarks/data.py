@@ -149,7 +149,8 @@ def waiting(args: argparse.Namespace) -> None:
     import job
     from dogvae.storage import Storage
     from dogvae.training import metrics
-    from dogvae.training.loop import Observer, loop
+    from dogvae.training.loop import loop
+    from dogvae.training.observer import Observer
 
     torch.set_num_threads(args.threads)
     config = job.config_for(args.data, "default", args, epochs=3)

@@ -40,7 +40,8 @@ from dogvae.config import Config, Safety
 from dogvae.data.dataset import Batches, Dataset
 from dogvae.storage import Storage
 from dogvae.training import metrics
-from dogvae.training.loop import Observer, loop
+from dogvae.training.loop import loop
+from dogvae.training.observer import Observer
 from dogvae.training.step import Trainer
 from roofline import settle
 

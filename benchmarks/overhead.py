@@ -41,7 +41,8 @@ def bare(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from dogvae.storage import Storage
-    from dogvae.training.loop import Observer, loop
+    from dogvae.training.loop import loop
+    from dogvae.training.observer import Observer
 
     torch.set_num_threads(1)
     if "RANK" in os.environ:

@@ -45,7 +45,7 @@ def full_scale(path: Path, size: int) -> np.ndarray:
 
 
 def main() -> None:
-    from dogvae.cluster.nodes import connect
+    from dogvae.cluster.connect import connect
     from dogvae.data.decode import crops
     from dogvae.data.photos import Photo
     from dogvae.data.prepare import prepare

@@ -50,7 +50,8 @@ def nested(args: argparse.Namespace) -> None:
         import torch
 
         from dogvae.storage import Storage
-        from dogvae.training.loop import Observer, loop
+        from dogvae.training.loop import loop
+        from dogvae.training.observer import Observer
 
         class Reporting(Observer):
             def epoch(self, record: dict[str, Any]) -> None:

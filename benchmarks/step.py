@@ -85,7 +85,8 @@ def train(config: Any, folder: str, device: Any, turns: measure.Turns | None) ->
     """Our loop, whole: the turns are taken where it tells of its progress, and end it as Ctrl-C would."""
     from dogvae.config import Safety
     from dogvae.storage import Storage
-    from dogvae.training.loop import Observer, loop
+    from dogvae.training.loop import loop
+    from dogvae.training.observer import Observer
 
     class Ticking(Observer):
         def progress(self, epoch: int, step: int, steps: int) -> None:

@@ -14,7 +14,7 @@ __all__ = ["DogVAE", "__version__", "load"]
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import: only those who load a model pay for it.
     if name in ("DogVAE", "load"):
-        from dogvae.inference import model as generate
+        from dogvae.inference import model
 
-        return getattr(generate, name)
+        return getattr(model, name)
     raise AttributeError(f"module 'dogvae' has no attribute {name!r}")

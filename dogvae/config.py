@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from dogvae.console import UsageError
+from dogvae.errors import UsageError
 
 IMAGE_SIZES = (32, 64, 128)
 CROPS = ("center", "box")

@@ -13,18 +13,6 @@ from typing import Any
 PLAIN_INTERVAL_S = 10.0  # how often a log file hears of progress; a terminal is redrawn at once
 
 
-class UsageError(ValueError):
-    """A mistake of the user's: the message names the flag or file and the remedy. Shown as one line, exit 2."""
-
-
-class RunFailed(RuntimeError):
-    """A run that cannot go on, through no mistake of the user's: one line that says why and what to do. Exit 1."""
-
-
-class OutOfMemory(RunFailed):
-    """A step does not fit into the memory of a device: it would not the next time either."""
-
-
 def clock(seconds: float) -> str:
     """`75` -> `1:15`, `3700` -> `1:01:40`."""
     minutes, s = divmod(max(0, round(seconds)), 60)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from dogvae.console import UsageError
+from dogvae.errors import UsageError
 
 BLOCK = 8 * 2**20  # bytes; each is a request of its own to an object store
 

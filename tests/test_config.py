@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dogvae.commands import flags
 from dogvae.config import Config, ModelConfig, Safety
-from dogvae.console import RunFailed, UsageError
+from dogvae.errors import RunFailed, UsageError
 
 # What each setting may be, written down a second time: (type, valid values at the edges, values out of range).
 TABLE: dict[str, tuple[type, list[Any], list[Any]]] = {
@@ -248,7 +248,7 @@ def test_batch_size_from_the_data(images: int, batch: int) -> None:
 
 
 def parsed(*argv: str) -> argparse.Namespace:
-    return flags.training_parser("description").parse_args(argv)
+    return flags.training_parser("train_distributed.py", "description").parse_args(argv)
 
 
 def test_internal_settings_are_those_without_a_flag() -> None:
@@ -261,7 +261,7 @@ def test_every_setting_has_a_flag_that_tells_its_default(name: str) -> None:
     value = good[-1]
     typed = ["--no-" + name] if kind is bool else [flag_of(name), str(value)]
     assert flags.given(parsed(*typed)) == {name: value}
-    text = " ".join(flags.training_parser(None).format_help().split("options:")[1].split())
+    text = " ".join(flags.training_parser("train_distributed.py", None).format_help().split("options:")[1].split())
     entry = text[text.index(f" {flag_of(name)}{',' if kind is bool else ''} ") :]
     # the first default after the flag is its own
     told = re.search(r"\(default: (.*?)\)", entry)

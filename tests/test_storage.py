@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dogvae.console import UsageError
+from dogvae.errors import UsageError
 from dogvae.storage import Storage
 
 

@@ -14,9 +14,10 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import HTTPError, ProxyHandler, build_opener
 
-from dogvae.console import RunFailed, UsageError, say, stop_signals, warn
+from dogvae.console import say, stop_signals, warn
+from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
-from tune.ranking import FOLDER, TRIALS, Search
+from tune.search_folder import FOLDER, TRIALS, Search
 
 RAY = "http://127.0.0.1:8265"  # unless RAY_DASHBOARD_ADDRESS says otherwise, as to Ray itself
 REFRESH_S = 10.0  # between two looks at an object store

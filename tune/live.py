@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from dogvae.console import clock, say, stop_signals
-from tune.ranking import Entry
+from tune.search_folder import Entry
 
 PLAIN_INTERVAL_S = 60.0
 ENDED = ("done", "stopped", "failed")

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dogvae.console import UsageError, say
-from tune.ranking import Row, Search, Trial, common_epoch, counts, equal_time, importance, parameters, pareto, rows
+from dogvae.console import say
+from dogvae.errors import UsageError
+from tune.ranking import Row, common_epoch, counts, equal_time, importance, pareto, rows
+from tune.search_folder import Search, Trial, parameters
 from tune.space import Domain
 
 if TYPE_CHECKING:

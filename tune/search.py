@@ -11,12 +11,11 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 
 from dogvae.config import ModelConfig, fields_of
-from dogvae.console import UsageError
+from dogvae.errors import UsageError
 from dogvae.storage import Storage
 from dogvae.training.events import in_background, make_hub
 from tune.live import View
-from tune.ranking import Entry
-from tune.search_folder import Plan, save_trials
+from tune.search_folder import Entry, Plan, save_trials
 from tune.searcher import TreeParzen, listed
 from tune.trial import Job, run_trial
 

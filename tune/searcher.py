@@ -8,8 +8,8 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from dogvae.console import UsageError
-from tune.ranking import Entry
+from dogvae.errors import UsageError
+from tune.search_folder import Entry
 from tune.space import Domain, Space
 from tune.trial import name_of
 

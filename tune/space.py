@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dogvae.config import Config, ModelConfig, check, fields_of
-from dogvae.console import UsageError
+from dogvae.errors import UsageError
 
 DEFAULT = ("latent_dim=choice(8,16,32,64)", "lr=loguniform(1e-4,1e-2)", "samples=choice(1,3,10)")
 KINDS: dict[str, tuple[type, ...]] = {  # and the types of the settings that they are for

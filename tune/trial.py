@@ -19,15 +19,16 @@ import torch
 
 from dogvae.cluster.nodes import Workers
 from dogvae.config import Config, Safety
-from dogvae.console import RunFailed, UsageError
+from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
 from dogvae.training import metrics
 from dogvae.training.checkpoint import Checkpoints
-from dogvae.training.loop import Observer, loop
+from dogvae.training.loop import loop
+from dogvae.training.observer import Observer
 from dogvae.training.on_ray import start
 from dogvae.training.run_folder import CHECKPOINTS, save_config
 from tune.hparams import hparams
-from tune.ranking import FOLDER
+from tune.search_folder import FOLDER
 from tune.space import Space, label
 
 POLL_S = 0.5  # between two questions whether the search is to stop

@@ -2,61 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dogvae.commands import flags
-from dogvae.console import RunFailed, UsageError, say, stop_signals
+from dogvae.console import say, stop_signals
+from dogvae.errors import RunFailed, UsageError
 
-CODE = ("dogvae", "tune", "train_distributed.py")  # what travels: nothing else of this folder is looked at
+SENT = "DOGVAE_SENT_TO"  # in a job's environment: the dashboard's URL by which it came
 POLL_INTERVAL_S = 1.0
 STOP_PATIENCE_S = 120  # until a job that was asked to stop is killed; Ray's 3 s are less than a checkpoint takes
 
 
-def run_there(args: argparse.Namespace, command: Sequence[str], argv: Sequence[str]) -> int | None:
-    """If `--address` (or `RAY_ADDRESS`) is http://HOST:PORT of a dashboard, run `python COMMAND ARGV` there.
+def run_job(address: str, command: Sequence[str]) -> int:
+    """Run `dogvae COMMAND` as a job of the cluster whose dashboard is at `address`, with the code of this machine.
 
     Shows what it prints until it ends, and returns its exit status. Ctrl-C and SIGTERM stop it as they would here,
-    after a checkpoint; a second one does not wait for that. Returns None if the command is to run here. Raises
-    UsageError if the dashboard does not answer, or for a relative path, which means nothing there; RunFailed if it is
-    lost.
+    after a checkpoint; a second one does not wait for that. Raises UsageError if the dashboard does not answer, and
+    RunFailed if the connection is lost.
     """
-    address = args.address or os.environ.get("RAY_ADDRESS", "")
-    if not address.startswith(("http://", "https://")):
-        return None
-    for flag, path in (("--runs", args.runs if args.runs != flags.default_runs() else None), ("--data", args.data)):
-        if path and not Path(path).is_absolute() and ":" not in path and (flag == "--runs" or Path(path).exists()):
-            raise UsageError(
-                f"{flag}: {path} is a path on this machine, which the cluster does not see; give s3://..., "
-                "or an absolute path that its nodes have"
-            )
-    there = list(argv)
-    if "--address" in there:
-        at = there.index("--address")
-        del there[at : at + 2]
-    there = [arg for arg in there if not arg.startswith("--address=")]
-    # Without a word about runs, in the home directory: a job's own folder is deleted some day.
-    typed = f'DOGVAE_RUNS="${{DOGVAE_RUNS:-$HOME/runs}}" python {shlex.join([*command, *there])}'
     client = _client(address)
-    with tempfile.TemporaryDirectory(prefix="dogvae-job-") as folder:
-        _copy_code(Path(folder))
-        job = client.submit_job(
-            entrypoint=typed,
-            runtime_env={
-                "working_dir": folder,
-                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_PATIENCE_S), flags.SENT: address},
-            },
-        )
-        say(f"job {job}: it outlives this terminal; to see it again: {_logs(address, job)}")
-        return _follow(client, job, address)
+    job = client.submit_job(
+        # Without a word about runs, in the home directory: a job's own folder is deleted some day.
+        entrypoint=f'DOGVAE_RUNS="${{DOGVAE_RUNS:-$HOME/runs}}" python -m dogvae {shlex.join(command)}',
+        runtime_env={
+            "py_modules": [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "tune")],
+            "excludes": ["**/__pycache__"],
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_PATIENCE_S), SENT: address},
+        },
+    )
+    say(f"job {job}: it outlives this terminal; to see it again: {_logs(address, job)}")
+    return _follow(client, job, address)
 
 
 def _client(address: str) -> Any:
@@ -75,15 +55,6 @@ def _client(address: str) -> Any:
 
 def _logs(address: str, job: str) -> str:
     return f"ray job logs --address {address} --follow {job}"
-
-
-def _copy_code(folder: Path) -> None:
-    here = Path(__file__).parents[2]
-    for name in CODE:
-        if (here / name).is_dir():
-            shutil.copytree(here / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(here / name, folder)
 
 
 def _follow(client: Any, job: str, address: str) -> int:

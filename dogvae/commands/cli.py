@@ -1,4 +1,4 @@
-"""The `dogvae` command: prepare photos, and play with an exported model. To train: train_distributed.py."""
+"""The `dogvae` command: prepare photos, train, search, and play with an exported model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dogvae import __version__
 from dogvae.commands import flags
 from dogvae.config import CROPS, IMAGE_SIZES
-from dogvae.console import Progress, UsageError, say
-from dogvae.data.writer import read_manifest
+from dogvae.console import Progress, say
+from dogvae.data.manifest import read_manifest
+from dogvae.errors import UsageError
 
 MOST_COLUMNS = 12  # of photos and reconstructions
 AT_ONCE = 64  # pictures between two steps of progress
@@ -21,10 +23,12 @@ DATASET = "a prepared dataset, such as `dogvae prepare` makes: a folder, or s3:/
 
 def parser() -> argparse.ArgumentParser:
     """The command line, for --help and for the tests of the documentation."""
-    top = flags.Parser(
-        prog="dogvae", description="Variational autoencoders of dog photos. To train: train_distributed.py"
-    )
+    top = flags.Parser(prog="dogvae", description="Variational autoencoders of dog photos, trained on Ray.")
+    top.add_argument("--version", action="version", version=f"dogvae {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # The flags of these two are in files of their own, which `_main` asks.
+    commands.add_parser("train", help="train a VAE on photos, on all the GPUs or CPUs that Ray has")
+    commands.add_parser("search", help="find the best latent dimension, learning rate and sample count")
 
     prepare = commands.add_parser("prepare", help="turn photos into a dataset of small square images")
     prepare.add_argument(
@@ -125,13 +129,13 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from dogvae.cluster import nodes as cluster
-    from dogvae.cluster import submit as jobs
+    from dogvae.cluster import connect
     from dogvae.commands import doctor
+    from dogvae.commands.remote import run_there
 
-    if (status := jobs.run_there(args, ["-m", "dogvae.commands.cli"], args.argv)) is not None:
+    if (status := run_there(args, [], args.argv)) is not None:
         return status
-    say(cluster.connect(args.address, args.verbose))
+    say(connect.connect(args.address, args.verbose))
     return 0 if doctor.show(doctor.examine(args.runs, args.data)) else 1
 
 
@@ -284,6 +288,14 @@ def _begin(args: argparse.Namespace, n: int) -> tuple[Path, Any]:
 
 
 def _main(argv: Sequence[str]) -> int | None:
+    if argv[:1] == ["train"]:
+        from dogvae.commands import train
+
+        return train.main(argv[1:], "dogvae train")
+    if argv[:1] == ["search"]:
+        from dogvae.commands import search
+
+        return search.main(argv, "dogvae")
     args = parser().parse_args(argv)
     args.argv = argv
     code: int | None = args.run(args)
@@ -295,7 +307,3 @@ def _main(argv: Sequence[str]) -> int | None:
 def main() -> None:
     """Entry point of the console script."""
     sys.exit(flags.run(_main))
-
-
-if __name__ == "__main__":  # as a job on a cluster: see jobs.py
-    main()

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dogvae.cluster.nodes import choose_interface, least_nodes
+from dogvae.cluster.network import choose_interface
+from dogvae.cluster.nodes import least_nodes
 from dogvae.console import say
 from dogvae.storage import Storage, is_uri
 
@@ -107,10 +108,10 @@ def _look(runs: str, data: str | None, token: str, number: int) -> dict[str, Any
     """Runs on a node."""
     import torch
 
-    from dogvae.console import UsageError
     from dogvae.data.cache import outlook
     from dogvae.data.dataset import Dataset
-    from dogvae.data.writer import read_manifest, shards_of
+    from dogvae.data.manifest import read_manifest, shards_of
+    from dogvae.errors import UsageError
 
     probe, storage_error = f".probe-{token}-{number}", ""
     try:

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from dogvae.cluster.submit import SENT
 from dogvae.config import CROPS, Config, ModelConfig, Safety, check, fields_of
-from dogvae.console import RunFailed, UsageError
+from dogvae.errors import RunFailed, UsageError
 
-SENT = "DOGVAE_SENT_TO"  # in a job's environment: the dashboard's URL by which it came
 INTERNAL = ("architecture", "data", "fingerprint", "loss_scale")  # settings that a preset or the data decides
 
 
@@ -27,9 +27,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-def training_parser(description: str | None) -> Parser:
-    """The flags of `train_distributed.py`."""
-    top = Parser(prog="train_distributed.py", description=description)
+def typed(prog: str) -> str:
+    """What to type to run the program again."""
+    return f"python {prog}" if prog.endswith(".py") else prog
+
+
+def training_parser(prog: str, description: str | None) -> Parser:
+    """The flags of `train_distributed.py`, which is also `dogvae train`."""
+    top = Parser(prog=prog, description=description)
     run = top.add_argument_group("run")
     run.add_argument(
         "--data",

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import PureWindowsPath
 from typing import Any, TypeVar
 
-from dogvae.console import UsageError
 from dogvae.data.photos import MAX_BYTES, MAX_HEADER_BYTES, READ_ERRORS, Entry, FileSource, Rejected, is_hidden, why
+from dogvae.errors import UsageError
 
 _Archive = TypeVar("_Archive", zipfile.ZipFile, tarfile.TarFile)
 

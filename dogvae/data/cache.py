@@ -21,8 +21,9 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from dogvae.console import Progress, UsageError
-from dogvae.data.writer import MANIFEST, read_manifest, shards_of
+from dogvae.console import Progress
+from dogvae.data.manifest import MANIFEST, read_manifest, shards_of
+from dogvae.errors import UsageError
 from dogvae.storage import Storage, cache_folder, is_uri
 
 LIMIT, DEFAULT_GB = "DOGVAE_CACHE_GB", "50"

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dogvae import rng
-from dogvae.console import UsageError
 from dogvae.data.cache import local_copy
-from dogvae.data.writer import read_manifest, shards_of
+from dogvae.data.manifest import read_manifest, shards_of
+from dogvae.errors import UsageError
 from dogvae.rng import Stream
 from dogvae.storage import is_uri
 

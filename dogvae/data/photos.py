@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from dogvae.console import UsageError
+from dogvae.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -18,13 +18,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dogvae.cluster.nodes import connect, is_one_machine
+from dogvae.cluster.connect import connect
+from dogvae.cluster.nodes import is_one_machine
 from dogvae.config import CROPS, IMAGE_SIZES
-from dogvae.console import Progress, UsageError, say
+from dogvae.console import Progress, say
+from dogvae.data.atomic import appearing
 from dogvae.data.decode import crops
+from dogvae.data.manifest import MANIFEST, UPLOADING, existing
 from dogvae.data.photos import Photo, Rejected, Source, Unread
 from dogvae.data.source import open_source
-from dogvae.data.writer import MANIFEST, UPLOADING, Row, appearing, existing, write_dataset
+from dogvae.data.writer import Row, write_dataset
+from dogvae.errors import UsageError
 from dogvae.storage import Storage, cache_folder
 
 BATCH_PHOTOS, BATCH_BYTES = 32, 8 * 2**20  # of one task: about 30 ms, much more than Ray takes to start it

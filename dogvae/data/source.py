@@ -13,9 +13,9 @@ import tarfile
 from collections.abc import Iterator
 from functools import partial
 
-from dogvae.console import UsageError
 from dogvae.data.archives import Tar, Zip
 from dogvae.data.photos import MAX_BYTES, Box, Drawing, Entry, FileSource, Photo, Rejected, Source, is_hidden, why
+from dogvae.errors import UsageError
 from dogvae.storage import cache_folder
 
 __all__ = ["Box", "Drawing", "Photo", "Rejected", "Source", "open_source"]

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dogvae import rng
-from dogvae.console import UsageError
 from dogvae.data.dataset import Dataset, Split
+from dogvae.errors import UsageError
 from dogvae.inference.elbo import baselines, evaluate
 from dogvae.inference.model import PRIORS, DogVAE
 from dogvae.network import likelihood as loss

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dogvae import rng
 from dogvae.config import ModelConfig
-from dogvae.console import UsageError
 from dogvae.data.dataset import Dataset, Split
+from dogvae.errors import UsageError
 from dogvae.inference.user_images import Picture, Pictures, pixels
 from dogvae.network.prior import Mixture
 from dogvae.network.vae import VAE

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dogvae import rng
-from dogvae.console import RunFailed, UsageError, say
+from dogvae.console import say
+from dogvae.errors import RunFailed, UsageError
 from dogvae.inference.model import load
 from dogvae.network.vae import VAE
 from dogvae.rng import Stream

@@ -28,7 +28,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dogvae.console import UsageError, say, stop_signals
+from dogvae.console import say, stop_signals
+from dogvae.errors import UsageError
 from dogvae.inference.model import METHODS, PRIORS, SPAN, DogVAE, load
 from dogvae.inference.user_images import photo
 from dogvae.pictures import animation, png

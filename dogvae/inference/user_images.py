@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dogvae.console import UsageError
 from dogvae.data.decode import _crop, crops, to_rgb
 from dogvae.data.photos import Photo
+from dogvae.errors import UsageError
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Pictures = Picture | Sequence[Picture]

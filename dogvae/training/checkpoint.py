@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import safetensors.torch
 from torch import Tensor
 
-from dogvae.console import RunFailed, warn
+from dogvae.console import warn
+from dogvae.errors import RunFailed
 from dogvae.storage import Storage
 from dogvae.training.run_folder import CHECKPOINTS
 
@@ -170,3 +171,8 @@ class Checkpoints:
             return None
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return Checkpoint(safetensors.torch.load(data), json.loads(header["__metadata__"]["meta"]))
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a prefix, without it."""
+    return {name.removeprefix(prefix + "/"): t for name, t in tensors.items() if name.startswith(prefix + "/")}

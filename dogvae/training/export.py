@@ -13,16 +13,16 @@ from torch import Tensor
 
 from dogvae import __version__
 from dogvae.config import Config
-from dogvae.console import Progress, UsageError
+from dogvae.console import Progress
 from dogvae.data.dataset import Dataset
+from dogvae.errors import UsageError
 from dogvae.inference.model import EXPORT_FORMAT, EXPORT_VERSION, DogVAE, posteriors
 from dogvae.network import prior
 from dogvae.network.vae import VAE
 from dogvae.pictures import grid, png
 from dogvae.storage import Storage
-from dogvae.training.checkpoint import Checkpoints
+from dogvae.training.checkpoint import Checkpoints, part
 from dogvae.training.run_folder import CONFIG
-from dogvae.training.step import part
 
 FOLDER = "export"
 ONNX = ("encoder.onnx", "decoder.onnx")

@@ -14,54 +14,31 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from dogvae import pictures, rng
+from dogvae import rng
 from dogvae.config import Config, Safety
-from dogvae.console import OutOfMemory, RunFailed, UsageError
 from dogvae.data.dataset import Batches, Dataset, epoch_order, rank_slice
+from dogvae.errors import OutOfMemory, RunFailed, UsageError
 from dogvae.inference.elbo import baselines, evaluate
 from dogvae.network import likelihood as loss
 from dogvae.storage import Storage
-from dogvae.training import metrics
+from dogvae.training import metrics, previews
 from dogvae.training.checkpoint import KEEP_LATEST, Checkpoint, Checkpoints
-from dogvae.training.step import Trainer, beta_at, check_compiler, lr_at
+from dogvae.training.observer import Observer
+from dogvae.training.ranks import T, _agree, _everyones, _together
+from dogvae.training.schedule import beta_at, lr_at
+from dogvae.training.step import Trainer, check_compiler
 
 PICTURES = 10  # how often over a run pictures go to TensorBoard
 POLL_STEPS_CUDA = 8  # steps between two looks at what is wanted; each makes the host wait for the GPU
 PREEMPTION_INTERVAL_S = 1.0
 TOUCH_S = 0.5  # how often ranks that wait for each other's data say that they are there
 SILENT_S = 5.0  # until the user hears what is being waited for
-
-T = TypeVar("T")
-
-
-class Observer:
-    """What the loop tells the outside, and asks it; the base class is deaf and never stops."""
-
-    wants_saved = False
-    """Whether an epoch is to be on the storage before it is told: who hears of it may end the process."""
-
-    def progress(self, epoch: int, step: int, steps: int) -> None:
-        """Rank 0, after each step: `step` of `steps` of this epoch are done."""
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Every rank, after each epoch: its record, the same on all ranks."""
-
-    def note(self, line: str) -> None:
-        """Any rank: something that went wrong, or well again, without stopping the run."""
-
-    def stopping(self) -> bool:
-        """Any rank, before each step: whether to save and stop. Must be cheap."""
-        return False
-
-    def preempted(self) -> bool:
-        """All ranks together, now and then: whether a node is about to go."""
-        return False
 
 
 def loop(
@@ -308,7 +285,7 @@ class _Run:
         photos = self.dataset.val.gather(np.arange(min(8, len(self.dataset.val))))
         model = self.trainer.judged.eval()
         try:
-            return pictures.standard(model, photos, self.trainer.device)
+            return previews.standard(model, photos, self.trainer.device)
         finally:
             model.train()
 
@@ -344,33 +321,3 @@ def _check_storage(storage: Storage, rank: int, world_size: int, need: int) -> N
     finally:
         with suppress(OSError):  # what made the check fail may make this fail; that error is the one to tell
             storage.delete(f".probe-{token}-{rank}")
-
-
-def _together(action: Callable[[], T]) -> T:
-    """Run an action on every rank; an error for the user on one of them is raised on all, so that none waits."""
-    result, problem = None, None
-    try:
-        result = action()
-    except (UsageError, RunFailed) as error:
-        problem = error
-    if first := next(filter(None, _everyones(problem)), None):
-        raise first
-    return cast(T, result)
-
-
-def _everyones(value: T) -> list[T]:
-    """The value of each rank, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _agree(value: T) -> T:
-    """Rank 0's value, on every rank."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -13,10 +13,12 @@ from importlib import import_module
 from threading import Thread
 from typing import Any
 
+from dogvae.cluster import network
 from dogvae.cluster import nodes as cluster
 from dogvae.cluster.nodes import Workers
 from dogvae.config import Config, Safety
-from dogvae.console import Progress, RunFailed, UsageError, clock, stop_signals
+from dogvae.console import Progress, clock, stop_signals
+from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
 from dogvae.training import early, metrics
 from dogvae.training.events import in_background, make_hub
@@ -94,7 +96,7 @@ def start(
             "config": config, "run": storage.uri, "hub": hub, "threads": workers.cpus, "safety": safety,
             "wants_saved": wants_saved, "nodes_may_go": not one_machine,
         },
-        backend_config=Torch(workers.gpu, cluster.network_settings()),
+        backend_config=Torch(workers.gpu, network.network_settings()),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=workers.count,  # type: ignore[arg-type]
             use_gpu=workers.gpu,

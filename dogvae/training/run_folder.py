@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import re
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dogvae.config import CROPS, Config
-from dogvae.console import UsageError
-from dogvae.data.source import open_source
-from dogvae.data.writer import MANIFEST, read_manifest
-from dogvae.storage import Storage, cache_folder, is_uri
+from dogvae.config import Config
+from dogvae.data.manifest import read_manifest
+from dogvae.errors import UsageError
+from dogvae.storage import Storage, is_uri
 from dogvae.training import metrics
 
 if TYPE_CHECKING:
-    from dogvae.data.dataset import Dataset
+    pass
+from dogvae.data.find import absolute
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
-CACHE = ".datasets"  # below the runs, hidden: no run can be called so
-DRAWN = "portraits:2000"  # what a run without --data learns from
 
 
 def default_name(data: str) -> str:
@@ -66,7 +63,7 @@ def open_old(runs: str, name: str | None, settings: dict[str, Any], data: str | 
         raise UsageError(f"--resume: there is no run {storage.uri}; leave --resume out to start it") from error
     _check_kept(config, settings)
     if data is not None:
-        settings = {**settings, "data": _absolute(data)}
+        settings = {**settings, "data": absolute(data)}
         read_manifest(data, config.fingerprint)
     return storage, config.replace(**settings)
 
@@ -93,46 +90,6 @@ def copy_checkpoints(source: Storage, storage: Storage) -> None:
     """Give a new run the state of another."""
     for name in source.names(CHECKPOINTS):
         storage.write(f"{CHECKPOINTS}/{name}", source.read(f"{CHECKPOINTS}/{name}"))
-
-
-def check_data(data: str, image_size: int | None, crop: str | None, val_fraction: float | None) -> None:
-    """UsageError, at once, if `data` is neither photos nor a prepared dataset, or prepared with other settings."""
-    if not _is_prepared(data):
-        open_source(data, crop or CROPS[0])
-        return
-    settings = read_manifest(data)["settings"]
-    for flag, setting, value in (
-        ("--image-size", "size", image_size),
-        ("--crop", "crop", crop),
-        ("--val-fraction", "val_fraction", val_fraction),
-    ):
-        if value is not None and value != (has := settings[setting]):
-            raise UsageError(f"{flag}: {data} was prepared with {has}; prepare the photos again for {value}")
-
-
-def _is_prepared(data: str) -> bool:
-    return is_uri(data) or (Path(data) / MANIFEST).exists()
-
-
-def _absolute(data: str) -> str:
-    """What means the same in every process, wherever it runs."""
-    if is_uri(data) and not data.startswith("file://"):
-        return data
-    path = str(Storage(data).local)
-    return f"file://{path}" if is_uri(data) else path
-
-
-def find_data(data: str, runs: str, image_size: int | None, crop: str | None, val_fraction: float | None) -> Dataset:
-    """The prepared dataset that `data` is, or that is made of the photos it names, once, in a cache beside the runs."""
-    from dogvae.data.dataset import Dataset
-
-    if _is_prepared(data):
-        return Dataset(_absolute(data))
-    from dogvae.data.prepare import cached
-
-    cache = Storage(runs).local or cache_folder()
-    settings: dict[str, Any] = {"size": image_size, "crop": crop, "val_fraction": val_fraction}
-    return Dataset(cached(data, cache / CACHE, **{k: v for k, v in settings.items() if v is not None}))
 
 
 def is_finished(storage: Storage, config: Config) -> bool:

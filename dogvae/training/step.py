@@ -7,13 +7,11 @@ neither an interruption nor the number of workers changes what is computed.
 from __future__ import annotations
 
 import copy
-import ctypes
-import math
 import os
 import shutil
 import socket
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,16 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dogvae import rng
 from dogvae.config import Config
-from dogvae.console import UsageError
 from dogvae.data.dataset import rank_slice
+from dogvae.errors import UsageError
 from dogvae.network import likelihood as loss
 from dogvae.network.norm import SyncBatchNorm
 from dogvae.network.vae import VAE
 from dogvae.rng import Stream
 from dogvae.training.augment import augment, draws
+from dogvae.training.checkpoint import part
+from dogvae.training.memory import keep_freed_memory
+from dogvae.training.schedule import beta_at, lr_at
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
 class _EagerDDP(DistributedDataParallel):
@@ -242,37 +242,3 @@ def check_compiler(config: Config) -> None:
         raise UsageError(
             f"--compile on: {socket.gethostname()} has no C++ compiler {compiler}: install one, or leave it out"
         )
-
-
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors below a prefix, without it."""
-    return {name.removeprefix(prefix + "/"): t for name, t in tensors.items() if name.startswith(prefix + "/")}
-
-
-def lr_at(config: Config, epoch: float) -> float:
-    """Learning rate at a moment of training, in epochs: linear warm-up, then constant or half a cosine down to 1%."""
-    if epoch < config.lr_warmup:
-        return config.lr * (epoch + 0.01) / (config.lr_warmup + 0.01)
-    if config.schedule == "constant":
-        return config.lr
-    share = (epoch - config.lr_warmup) / max(config.epochs - config.lr_warmup, 1e-9)
-    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
-
-
-def beta_at(config: Config, epoch: float) -> float:
-    """Weight of the KL term at a moment of training, in epochs: linear from 0 over the warm-up."""
-    return config.beta * min(1.0, epoch / config.kl_warmup) if config.kl_warmup else config.beta
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep the memory that it frees.
-
-    Every step allocates the same large tensors. glibc gives each back to the system when it is freed, which clears the
-    pages again for the next step: a quarter of the time at K = 10. Holds for the process's first thread, and for those
-    that are started afterwards. Other C libraries have no such switch.
-    """
-    with suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_ARENA_MAX, 1)  # other arenas than the first hold nothing of more than 64 MB
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

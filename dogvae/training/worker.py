@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _shutdown_torch
 
-from dogvae.cluster import nodes as cluster
-from dogvae.console import OutOfMemory, RunFailed, UsageError
+from dogvae.cluster.network import choose_interface
+from dogvae.errors import OutOfMemory, RunFailed, UsageError
 from dogvae.storage import Storage
-from dogvae.training.loop import Observer, loop
-from dogvae.training.step import keep_freed_memory
+from dogvae.training.loop import loop
+from dogvae.training.memory import keep_freed_memory
+from dogvae.training.observer import Observer
 
 PROGRESS_INTERVAL_S = 0.3
 STOP_INTERVAL_S = 0.5
@@ -59,7 +60,7 @@ class _RayObserver(Observer):
 
 def join(network: dict[str, str], gpu: bool, address: str, rank: int, world_size: int) -> None:
     """Before the training thread is started: settings of the process, and the group of all workers."""
-    cluster.choose_interface(network)
+    choose_interface(network)
     if not gpu:
         keep_freed_memory()
     _set_torch_distributed_env_vars()

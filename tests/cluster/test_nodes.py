@@ -16,10 +16,13 @@ import pytest
 import ray
 
 from dogvae.cluster import nodes as cluster
-from dogvae.cluster import submit as jobs
+from dogvae.cluster.connect import _started_by_user
+from dogvae.cluster.network import network_settings
 from dogvae.cluster.nodes import Workers
+from dogvae.cluster.submit import SENT
 from dogvae.commands import flags
-from dogvae.console import RunFailed, UsageError
+from dogvae.commands.remote import run_there
+from dogvae.errors import RunFailed, UsageError
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,13 +39,13 @@ def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_what_this_user_started_is_found(noted: Path) -> None:
-    assert cluster._started_by_user() == noted.read_text()
+    assert _started_by_user() == noted.read_text()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="giving a file to somebody else needs root")
 def test_what_somebody_else_started_is_not_joined(noted: Path) -> None:
     os.chown(noted, 12345, 12345)
-    assert cluster._started_by_user() is None
+    assert _started_by_user() is None
 
 
 def test_what_has_gone_is_not_joined(noted: Path) -> None:
@@ -50,9 +53,9 @@ def test_what_has_gone_is_not_joined(noted: Path) -> None:
         free.bind(("127.0.0.1", 0))
         noted.write_text(f"127.0.0.1:{free.getsockname()[1]}")
     began = time.monotonic()
-    assert cluster._started_by_user() is None
+    assert _started_by_user() is None
     noted.unlink()
-    assert cluster._started_by_user() is None
+    assert _started_by_user() is None
     assert time.monotonic() - began < 1
 
 
@@ -174,12 +177,14 @@ def test_nodes_are_not_waited_for_without_need_or_hope(monkeypatch: pytest.Monke
 def test_workers_hear_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("NCCL_", "GLOO_", "TORCH_NCCL_"))]:
         monkeypatch.delenv(name)
-    args = flags.training_parser("").parse_args(["--nccl-socket-ifname", "eth7", "--nccl-debug", "info"])
+    args = flags.training_parser("dogvae train", "").parse_args(
+        ["--nccl-socket-ifname", "eth7", "--nccl-debug", "info"]
+    )
     told = {"NCCL_SOCKET_IFNAME": "eth7", "NCCL_DEBUG": "INFO"}
     assert flags.network(args) == told
     for name, value in {**told, "GLOO_SOCKET_IFNAME": "eth1", "OTHER": "x"}.items():
         monkeypatch.setenv(name, value)
-    assert cluster.network_settings() == {**told, "GLOO_SOCKET_IFNAME": "eth1"}
+    assert network_settings() == {**told, "GLOO_SOCKET_IFNAME": "eth1"}
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--runs", "results"), ("--data", "photos")])
@@ -189,17 +194,17 @@ def test_job_takes_no_path_of_this_machine(
     (tmp_path / value).mkdir()
     monkeypatch.chdir(tmp_path)
     typed = ["--address", "http://127.0.0.1:1", flag, value]
-    args = flags.training_parser("").parse_args(typed)
+    args = flags.training_parser("dogvae train", "").parse_args(typed)
     with pytest.raises(UsageError, match=f"{flag}: {value} is a path on this machine"):
-        jobs.run_there(args, ["train_distributed.py"], typed)
+        run_there(args, ["train"], typed)
 
 
 def test_command_without_a_dashboard_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     args = argparse.Namespace(address=None, runs="runs", data="photos")
-    assert jobs.run_there(args, ["train_distributed.py"], []) is None
+    assert run_there(args, ["train"], []) is None
     args.address = "10.0.0.1:6379"
-    assert jobs.run_there(args, ["train_distributed.py"], []) is None
+    assert run_there(args, ["train"], []) is None
 
 
 def test_flags_of_commands_that_are_typed_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +213,6 @@ def test_flags_of_commands_that_are_typed_elsewhere(monkeypatch: pytest.MonkeyPa
     assert (flags.sent(), flags.runs_flag("runs"), flags.runs_flag("my runs")) == ("", "", " --runs 'my runs'")
     monkeypatch.setenv("DOGVAE_RUNS", "/mnt/share/runs")
     assert flags.runs_flag("/mnt/share/runs") == ""
-    monkeypatch.setenv(flags.SENT, "http://localhost:8265")
+    monkeypatch.setenv(SENT, "http://localhost:8265")
     assert flags.sent() == " --address http://localhost:8265"
     assert flags.runs_flag("/mnt/share/runs") == " --runs /mnt/share/runs"

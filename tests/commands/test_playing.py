@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.test_generate import export_of_drawn_dogs
 
 from dogvae import pictures
 from dogvae.commands import cli, flags
-from dogvae.console import UsageError
 from dogvae.data.dataset import Dataset
+from dogvae.errors import UsageError
 from dogvae.inference.model import DogVAE, load
+from tests.support.exports import export_of_drawn_dogs
 from tests.support.runs import SIZE
 
 GAP = 2

@@ -23,12 +23,13 @@ import torch.distributed as dist
 
 from dogvae.commands.doctor import Finding, _judge, _look, _versions
 from dogvae.config import Config
-from dogvae.console import UsageError
 from dogvae.data import cache as fetch
-from dogvae.data import writer as shards
+from dogvae.data import manifest, writer
 from dogvae.data.cache import local_copy
 from dogvae.data.dataset import Dataset
+from dogvae.data.find import DataChoice
 from dogvae.data.prepare import upload
+from dogvae.errors import UsageError
 from dogvae.storage import Storage
 from dogvae.training import loop as training
 from dogvae.training import run_folder as runs
@@ -486,7 +487,7 @@ def _node(rank: int, init: str, caches: list[str], keys: dict[str, str], config:
 @pytest.mark.slow
 def test_nodes_train_as_on_a_shared_folder(s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 on a node, 1 and 2 on another: one download on each, and what was damaged there is mended and told."""
-    monkeypatch.setattr(shards, "SHARD_BYTES", 30 * 3 * 32 * 32)  # 4 shards of training images, and one more
+    monkeypatch.setattr(writer, "SHARD_BYTES", 30 * 3 * 32 * 32)  # 4 shards of training images, and one more
     dataset = make_dataset(tmp_path / "dataset")
     uri, config = put(dataset, s3), job(dataset, epochs=2)
     train(config, tmp_path / "plain", 3)
@@ -548,9 +549,9 @@ def test_training_refuses_other_data(remote: Path) -> None:
 def test_config_keeps_the_uri(remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that each node makes a copy of its own; what is relative is not, in other processes."""
     monkeypatch.chdir(tmp_path)
-    assert runs.find_data("file://remote", "runs", None, None, None).path == f"file://{remote}"
-    assert runs.find_data(f"file://{remote}", "runs", None, None, None).path == f"file://{remote}"
-    assert runs.find_data("remote", "runs", None, None, None).path == remote
+    assert DataChoice("file://remote").open("runs").path == f"file://{remote}"
+    assert DataChoice(f"file://{remote}").open("runs").path == f"file://{remote}"
+    assert DataChoice("remote").open("runs").path == remote
 
 
 def test_resuming_with_the_data_elsewhere(remote: Path, s3: Server, tmp_path: Path) -> None:
@@ -646,7 +647,7 @@ def test_torn_upload_goes_on(remote: Path, s3: Server) -> None:
     torn.wait()
     there = set(Storage(uri).names())
     assert there == {"train-00000.npy", ".uploading.json"}
-    assert shards.existing(Storage(uri)) is None
+    assert manifest.existing(Storage(uri)) is None
     with pytest.raises(UsageError, match=r"has no manifest\.json"):
         local_copy(uri)
     upload(remote, Storage(uri))
@@ -668,8 +669,8 @@ def test_torn_upload_of_other_data_is_overwritten(remote: Path, write_dataset: W
 
 def test_what_is_there_is_not_overwritten(remote: Path, s3: Server) -> None:
     place = Storage(s3.uri("new"))
-    assert shards.existing(place) is None
+    assert manifest.existing(place) is None
     place.write("thesis.txt", b"dear")
     with pytest.raises(UsageError, match="exists and is not a dataset of this version"):
-        shards.existing(place)
-    assert shards.existing(Storage(put(remote, s3))) == shards.read_manifest(remote)
+        manifest.existing(place)
+    assert manifest.existing(Storage(put(remote, s3))) == manifest.read_manifest(remote)

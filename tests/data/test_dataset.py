@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dogvae.console import UsageError
 from dogvae.data import writer as shards
 from dogvae.data.dataset import Batches, Dataset, Split, epoch_order, grey_levels, moments, rank_slice
 from dogvae.data.writer import Row
+from dogvae.errors import UsageError
 
 CPU = torch.device("cpu")
 Writer = Callable[..., Path]

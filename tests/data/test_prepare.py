@@ -22,13 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dogvae.console import UsageError
+from dogvae.data import atomic, writer
 from dogvae.data import prepare as module
-from dogvae.data import writer as shards
 from dogvae.data.dataset import Dataset
 from dogvae.data.photos import Drawing, Photo, Rejected, Source
 from dogvae.data.prepare import cached, prepare
 from dogvae.data.writer import Row, is_val, write_dataset
+from dogvae.errors import UsageError
 from dogvae.storage import Storage
 from tests.support.s3 import Server
 
@@ -65,7 +65,7 @@ def images(out: Path) -> dict[str, np.ndarray]:
 
 
 def test_dataset_is_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "SHARD_BYTES", 30 * 3 * 32 * 32 + 1)  # 30 images a shard
+    monkeypatch.setattr(writer, "SHARD_BYTES", 30 * 3 * 32 * 32 + 1)  # 30 images a shard
     source = photos(tmp_path / "photos", 100)
     (source / "bad.jpg").write_bytes(b"junk")
     (source / "x,\n.txt").write_bytes(b"x")
@@ -371,10 +371,10 @@ def test_loser_of_a_race_with_other_settings_is_told(tmp_path: Path) -> None:
 
 
 def test_leftovers_in_use_are_left_alone(tmp_path: Path) -> None:
-    with shards.appearing(tmp_path / "out") as mine:
+    with atomic.appearing(tmp_path / "out") as mine:
         (tmp_path / ".out.partial-dead").mkdir()
         (tmp_path / ".other.partial-dead").mkdir()
-        with shards.appearing(tmp_path / "out") as theirs:
+        with atomic.appearing(tmp_path / "out") as theirs:
             assert mine.exists()
             assert sorted(p.name for p in tmp_path.iterdir()) == sorted([".other.partial-dead", mine.name, theirs.name])
             write_dataset(theirs, rows_of([1, 2, 3]), {"name": "theirs"}, SETTINGS)

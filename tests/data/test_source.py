@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from dogvae.console import UsageError
 from dogvae.data import photos
 from dogvae.data.drawn import draw
 from dogvae.data.source import Drawing, Photo, Rejected, open_source
+from dogvae.errors import UsageError
 
 BOX = "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
 XML = f"<annotation><object><bndbox>{BOX}</bndbox></object></annotation>"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dogvae import rng
 from dogvae.config import Safety
-from dogvae.console import UsageError
 from dogvae.data.dataset import Dataset, epoch_order
+from dogvae.errors import UsageError
 from dogvae.storage import Storage
 from dogvae.training import run_folder as runs
 from dogvae.training.checkpoint import Checkpoints

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dogvae.config import Config, Safety
-from dogvae.console import RunFailed, UsageError
+from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
 from dogvae.training.loop import loop
 from dogvae.training.step import Trainer

@@ -250,7 +250,7 @@ def test_host_that_comes_back(lab: Lab, training: Command) -> None:
     again(lab, training, 2, "host joined to training on it", newest_step(lab))
     training.process.terminate()
     assert training.wait(60) == 143, training.text()
-    assert f"to go on: python train_distributed.py --address {lab.laptop.open_dashboard()}" in training.text()
+    assert f"to go on: dogvae train --address {lab.laptop.open_dashboard()}" in training.text()
     assert "Traceback" not in training.text()
     epochs = [line["epoch"] for line in lab.lines("run")]
     assert epochs == list(range(len(epochs)))

@@ -36,8 +36,8 @@ import dogvae
 from dogvae import rng
 from dogvae.commands import cli, flags
 from dogvae.config import ModelConfig
-from dogvae.console import UsageError
 from dogvae.data.dataset import Dataset, Split
+from dogvae.errors import UsageError
 from dogvae.inference import evaluate as quality
 from dogvae.inference.elbo import evaluate
 from dogvae.inference.model import PRIORS, DogVAE

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import dogvae
 from dogvae.commands import cli, flags
 from dogvae.config import ModelConfig
-from dogvae.console import RunFailed, UsageError
 from dogvae.data.dataset import Dataset
+from dogvae.errors import RunFailed, UsageError
 from dogvae.inference import onnx
 from dogvae.inference.onnx import export_onnx
 from dogvae.storage import Storage

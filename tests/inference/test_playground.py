@@ -26,7 +26,6 @@ import psutil
 import pytest
 from fastapi import FastAPI
 from PIL import Image
-from tests.test_tune_dashboard import CHROMIUM, FLAGS, free_port, is_open
 
 import dogvae
 from dogvae.commands import cli, flags
@@ -35,6 +34,7 @@ from dogvae.inference.model import METHODS, PRIORS, DogVAE
 from dogvae.inference.playground import MOST_BYTES, SPAN, make_app
 from dogvae.storage import Storage
 from dogvae.training.export import export
+from tests.support.browser import CHROMIUM, FLAGS, free_port, is_open
 from tests.support.command import Command
 from tests.support.runs import SIZE, job, make_dataset, train
 

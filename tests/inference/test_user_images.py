@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dogvae.console import UsageError
 from dogvae.data.decode import crops
 from dogvae.data.photos import Photo
+from dogvae.errors import UsageError
 from dogvae.inference.user_images import photo, pixels
 
 SIZE = 32

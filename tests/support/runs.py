@@ -20,7 +20,8 @@ from dogvae.data.writer import Row, write_dataset
 from dogvae.storage import Storage
 from dogvae.training import metrics
 from dogvae.training.checkpoint import Checkpoints
-from dogvae.training.loop import Observer, loop
+from dogvae.training.loop import loop
+from dogvae.training.observer import Observer
 from tests.conftest import start_ranks
 
 SIZE, TRAIN, VAL = 32, 100, 20

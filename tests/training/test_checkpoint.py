@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dogvae.console import RunFailed
+from dogvae.errors import RunFailed
 from dogvae.storage import Storage
 from dogvae.training.checkpoint import Checkpoint, Checkpoints
 

@@ -19,10 +19,10 @@ from torch import Tensor
 import dogvae
 from dogvae.commands import cli, flags
 from dogvae.config import Config
-from dogvae.console import UsageError
 from dogvae.data.dataset import Dataset
 from dogvae.data.drawn import draw
 from dogvae.data.writer import Row, write_dataset
+from dogvae.errors import UsageError
 from dogvae.network import prior
 from dogvae.network.prior import Mixture
 from dogvae.network.vae import VAE

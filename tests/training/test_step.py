@@ -23,7 +23,8 @@ from dogvae.rng import Stream
 from dogvae.storage import Storage
 from dogvae.training.augment import augment, draws
 from dogvae.training.checkpoint import Checkpoints
-from dogvae.training.step import Trainer, beta_at, lr_at
+from dogvae.training.schedule import beta_at, lr_at
+from dogvae.training.step import Trainer
 
 CPU = torch.device("cpu")
 Writer = Callable[..., Path]

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 
 from dogvae.config import Config
-from dogvae.console import UsageError
 from dogvae.data.dataset import Dataset, epoch_order
 from dogvae.data.drawn import draw
 from dogvae.data.writer import Row, write_dataset
+from dogvae.errors import UsageError
 from dogvae.inference.elbo import evaluate
 from dogvae.storage import Storage
-from dogvae.training.loop import Observer, loop
+from dogvae.training.loop import loop
+from dogvae.training.observer import Observer
 from dogvae.training.step import Trainer
 from tests.conftest import start_ranks
 

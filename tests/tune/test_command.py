@@ -20,9 +20,9 @@ from dogvae.config import Config
 from dogvae.data.dataset import Dataset
 from dogvae.inference.elbo import evaluate
 from dogvae.storage import Storage
-from tests.support.command import ROOT, Command, wait_until
+from tests.support.command import Command, wait_until
 from tests.support.runs import make_dataset, records
-from tune.ranking import open_search
+from tune.search_folder import open_search
 from tune.space import Space
 
 TRIALS, EPOCHS = 6, 8
@@ -124,7 +124,8 @@ def test_trials_with_bad_numbers_are_marked_and_the_others_go_on(searched: Path)
 @pytest.mark.slow
 def test_interrupted_trial_ends_as_one_that_was_not(searched: Path) -> None:
     """Trial 0 was interrupted: the same loop, undisturbed, has the same numbers."""
-    from dogvae.training.loop import Observer, loop
+    from dogvae.training.loop import loop
+    from dogvae.training.observer import Observer
 
     (folder,) = (searched / "runs/s/trials").glob("00-*")
     config = Config.from_json((folder / "config.json").read_text(), "config.json")
@@ -146,9 +147,9 @@ def test_export_is_the_best_trial(searched: Path) -> None:
 @pytest.mark.slow
 def test_run_that_goes_on_with_the_best(searched: Path) -> None:
     """The command that the search ends with: a run of its own that begins where the trial was."""
-    typed = re.search(r"python (train_distributed\.py --from-search s) --epochs \d+", (searched / "last").read_text())
+    typed = re.search(r"dogvae (train --from-search s) --epochs \d+", (searched / "last").read_text())
     assert typed
-    command = Command(searched, str(ROOT / typed[1].split()[0]), *typed[1].split()[1:], "--epochs", "10", "--cpus", "1",
+    command = Command(searched, "-m", "dogvae", *typed[1].split(), "--epochs", "10", "--cpus", "1",
                       "--name", "longer")  # fmt: skip
     assert command.process.wait(180) == 0, command.text()
     assert [r["epoch"] for r in records(searched / "runs/longer")] == list(range(10))

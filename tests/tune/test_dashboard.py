@@ -23,23 +23,20 @@ import numpy as np
 import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.test_tune_report import SPACE, Remote
 
-from dogvae.console import RunFailed, UsageError
+from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
 from dogvae.training.metrics import Recorder
+from tests.support.browser import CHROMIUM, FLAGS, free_port, is_open
+from tests.support.searches import SPACE, Remote
 from tune import dashboard as module
 from tune import ranking as results
 from tune.dashboard import copy_events, dashboard
 from tune.hparams import hparams
-from tune.ranking import open_search
+from tune.search_folder import open_search
 from tune.space import Space
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = "/usr/bin/chromium"
-# The last four, or it looks for Google's hosts at every start, and waits for them.
-FLAGS = "--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync --no-first-run"
 SETTINGS: list[dict[str, Any]] = [
     {"latent_dim": 32, "lr": 0.001, "samples": 10},
     {"latent_dim": 64, "lr": 0.00064, "samples": 1},
@@ -113,17 +110,6 @@ def write_search(folder: Path, state: str = "done", epochs: int = EPOCHS) -> Pat
 def get(url: str) -> Any:
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as answer:
         return json.load(answer)
-
-
-def is_open(port: int) -> bool:
-    with socket.socket() as probe:
-        return not probe.connect_ex(("127.0.0.1", port))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(what: Callable[[], bool], seconds: float = 60) -> None:

@@ -25,21 +25,22 @@ import torch
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from rich.console import Console
 
-import train_distributed
+from dogvae.cluster import connect
 from dogvae.cluster import nodes as cluster
 from dogvae.commands import flags
+from dogvae.commands import search as command
+from dogvae.commands import train as train_command
 from dogvae.config import Config
-from dogvae.console import RunFailed, UsageError
+from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
 from dogvae.training.checkpoint import Checkpoints
 from dogvae.training.run_folder import check_copy, copy_checkpoints, save_config
 from tests.conftest import WriteDataset
-from tune import __main__ as command
 from tune import live as view
 from tune import search, trial
 from tune.live import View
-from tune.ranking import Entry, best_run, open_search
-from tune.search_folder import Plan, save
+from tune.ranking import best_run
+from tune.search_folder import Entry, Plan, open_search, save
 from tune.searcher import TreeParzen, listed
 from tune.space import Domain, Space
 from tune.trial import Job, name_of
@@ -96,14 +97,14 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(ray, "init", start)
-    monkeypatch.setattr(cluster, "connect", start)
+    monkeypatch.setattr(connect, "connect", start)
     monkeypatch.setattr(search, "make_hub", start)
 
 
 @pytest.fixture
 def two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A made-up cluster."""
-    monkeypatch.setattr(cluster, "connect", lambda address, verbose, environments=False: "Ray at nowhere")
+    monkeypatch.setattr(connect, "connect", lambda address, verbose, environments=False: "Ray at nowhere")
     monkeypatch.setattr(cluster, "_autoscaler_limits", lambda: None)
     monkeypatch.setattr(ray, "nodes", lambda: [node(CPU=2.0)])
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
@@ -364,7 +365,7 @@ def test_search_is_what_was_typed(searching: list[dict[str, Any]], dogs: str, sh
 def test_search_without_data_is_small(
     searching: list[dict[str, Any]], dogs: str, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dogvae.training.run_folder.DRAWN", dogs)
+    monkeypatch.setattr("dogvae.commands.search.DRAWN", dogs)
     shell.run("search", "--name", "a")
     shell.run("search", "--name", "b", "--set", "preset=notebook")
     plans = [asked["plan"] for asked in searching[:-1]]
@@ -470,7 +471,7 @@ def test_mistakes_of_going_on_with_the_best(typed: str, words: list[str], shell:
     if "empty" in typed:
         (shell.folder / "elsewhere/s").rename(runs / "empty")
     save_config(Storage(runs / "one"), PLAN.config)
-    told = shell.mistake(*typed.split(), main=train_distributed.main)
+    told = shell.mistake(*typed.split(), main=train_command.main)
     assert [word for word in words if word not in told] == [], told
 
 
@@ -481,7 +482,7 @@ def test_run_that_goes_on_has_the_best_trials_configuration(
                  {0: [500.0] * 8, 1: [490.0] * 3, 2: [400.0]})  # fmt: skip
     before = contents(shell.folder)
     typed = ["--from-search", "s", "--epochs", "20", "--name", "longer", "--dry-run"]
-    assert flags.run(train_distributed.main, typed) == 0
+    assert flags.run(train_command.main, typed) == 0
     said = capsys.readouterr().out
     shown = json.loads(said[said.index("{") :])
     assert shown.pop("run") == f"{shell.folder}/runs/longer"

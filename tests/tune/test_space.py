@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dogvae.config import Config
-from dogvae.console import UsageError
+from dogvae.errors import UsageError
 from tune.space import DEFAULT, SETTLED, Domain, Space, label, parse_fixed
 
 DRAWS = 2000

@@ -1,0 +1,225 @@
+"""The search on the command line.
+
+python -m tune search --data dataset --trials 24     # which latent dimension, learning rate and sample count?
+python -m tune search --resume NAME                  # go on with a search that was interrupted
+python -m tune report NAME                           # the table and the picture, also while it runs
+python -m tune dashboard NAME                        # TensorBoard on all trials, in the browser
+
+`dogvae search` is `python -m tune search`, anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from dogvae.cluster import connect, nodes
+from dogvae.commands import flags
+from dogvae.commands.remote import run_there
+from dogvae.config import Config, check
+from dogvae.console import say
+from dogvae.data.find import DRAWN, DataChoice
+from dogvae.errors import RunFailed, UsageError
+from dogvae.storage import Storage
+from dogvae.training import run_folder
+from tune.ranking import best_run
+from tune.search_folder import ABOUT, FOLDER, LIMITS, Entry, Plan, Search, Trial, open_search, save
+from tune.space import DEFAULT, Space, parse_fixed
+
+PROG = "python -m tune"
+
+
+def parser(prog: str) -> flags.Parser:
+    """The command line, for --help and for the tests of the documentation."""
+    top = flags.Parser(prog=prog, description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    search = commands.add_parser("search", help="try settings side by side, and export the best model")
+    search.add_argument(
+        "--data", help="photos or a prepared dataset, as for train_distributed.py (default: portraits:2000)"
+    )
+    search.add_argument("--name", help="the search's name (default: from the data and the time)")
+    search.add_argument("--resume", metavar="NAME", help="go on with that search; --trials may be raised")
+    search.add_argument("--trials", type=int, help="settings to try (default: 12)")
+    search.add_argument("--epochs", type=int, help="the most that a trial trains (default: the preset's)")
+    search.add_argument(
+        "--search", action="append", default=[], metavar="NAME=DOMAIN",
+        help="a setting to search, as choice(A,B), uniform(LOW,HIGH), loguniform(LOW,HIGH) or randint(LOW,HIGH); "
+        f"repeatable (default: {' '.join(DEFAULT)})",
+    )  # fmt: skip
+    search.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="fixed",
+        help="a setting of all trials, such as width=32 or preset=small; repeatable",
+    )  # fmt: skip
+    search.add_argument("--searcher", help="random, or optuna, which learns from the losses (default: random)")
+    search.add_argument(
+        "--scheduler", help="asha ends the worse two thirds early, pbt mutates the better, none (default: asha)"
+    )
+    search.add_argument("--seed", type=int, help="everything random is drawn from it (default: 0)")
+    search.add_argument("--time-budget", type=flags.duration, metavar="TIME", help="stop then, as by Ctrl-C: 30m, 2h")
+    search.add_argument("--gpus-per-trial", type=float, metavar="N", help="of a worker; fractions share a GPU")
+    search.add_argument("--cpus-per-trial", type=int, metavar="N", help="of a worker (default: 1)")
+    search.add_argument("--workers-per-trial", type=int, metavar="K", help="train each trial on K workers (default: 1)")
+    search.add_argument("--dry-run", action="store_true", help="print the plan and the first settings, and stop")
+    flags.add_address(search)
+    flags.add_node_patience(search)
+    for name, text in (
+        ("report", "the ranked table, and a picture that answers at a glance"),
+        ("dashboard", "TensorBoard on a search, in the browser"),
+    ):
+        commands.add_parser(name, help=text).add_argument("name", metavar="NAME", help="the search's name")
+    commands.choices["dashboard"].add_argument("--port", type=int, default=0, help="(default: one that is free)")
+    for command in commands.choices.values():
+        flags.add_runs(command)
+        command.add_argument("--verbose", action="store_true", help="Ray's own log; tracebacks")
+    return top
+
+
+def main(argv: Sequence[str], prog: str = PROG) -> int:
+    """`python -m tune`, or whatever `prog` was typed. Returns the exit status."""
+    args = parser(prog).parse_args(argv)
+    if args.command == "report":
+        from tune import report
+
+        found = open_search(args.runs, args.name)
+        report.write(found)
+        report.show(found)
+        return 0
+    if args.command == "dashboard":
+        from tune.dashboard import dashboard
+
+        return dashboard(open_search(args.runs, args.name), args.port)
+    check_flags(args)
+    if (status := run_there(args, argv[:1], argv[1:])) is not None:
+        return status
+    return search(args)
+
+
+def search(args: argparse.Namespace) -> int:
+    """`python -m tune search`."""
+    name, data = args.resume or args.name, args.data or DRAWN
+    known: list[Entry] = []
+    if args.resume is not None:
+        old = open_search(args.runs, name)
+        storage, plan = old.storage, Plan.from_about(old.about, old.storage.uri)
+        known = [as_it_was_left(storage, plan, trial) for trial in old.trials]
+        if args.trials is not None and args.trials < plan.trials:
+            raise UsageError(f"--trials: this search has {plan.trials}, which {args.trials} would take back")
+        plan = replace(plan, trials=args.trials or plan.trials)
+    else:
+        name = name or f"{run_folder.default_name(data)}-search"
+        storage, plan = new(args, name, data)
+
+    from tune.search import run, scheduler_of  # Ray Tune: seconds
+
+    scheduler_of(plan)  # its mistakes are told before anything is written
+    say(connect.connect(args.address, args.verbose, environments=True))
+    if args.resume is None and args.gpus_per_trial is None:
+        plan = replace(plan, gpus=float(nodes.has_gpus()))
+    at_once = nodes.most_slots(plan.cpus, plan.gpus) // plan.workers
+    if at_once < 1:
+        each = f"{plan.workers} worker{'s' * (plan.workers > 1)} of {plan.cpus} CPUs and {plan.gpus:g} GPUs"
+        raise UsageError(
+            f"--cpus-per-trial, --gpus-per-trial, --workers-per-trial: a trial of {each} never fits into this cluster"
+        )
+    if args.dry_run:
+        shown = [plan.space.setting(plan.seed, n) for n in range(min(5, plan.trials))]
+        say(f"{plan.to_json()}{at_once} at once; the first settings:\n" + "\n".join(map(str, shown)))
+        return 0
+    nodes.wait_for_nodes(nodes.Workers(plan.workers, plan.gpus > 0, plan.cpus), args.node_patience)
+    if args.resume is None:
+        dataset = DataChoice(data).open(args.runs)
+        say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
+        filled = plan.config.for_data(str(dataset.path), dataset.fingerprint, dataset.size, len(dataset.train))
+        plan = replace(plan, config=filled)
+    save(storage, plan, known)
+    say(f"{storage.uri}: {plan.trials} trials of at most {plan.config.epochs} epochs, {at_once} at a time")
+    where = flags.runs_flag(args.runs)
+    say(f"watch it: python -m tune dashboard {name}{where}")
+    stopped = run(storage, plan, known, at_once, args.time_budget)
+    finish(open_search(args.runs, name), name, where, interrupted=stopped is not None)
+    if stopped is None:
+        return 0
+    say(f"stopped; to go on: python -m tune search{flags.sent()} --resume {name}{where}")
+    return 128 + stopped if stopped else 0
+
+
+def new(args: argparse.Namespace, name: str, data: str) -> tuple[Storage, Plan]:
+    """The place and the plan of a search that does not exist yet, but for its dataset."""
+    fixed = parse_fixed(args.fixed)
+    space = Space.parse(args.search, fixed)
+    settings: dict[str, Any] = {"seed": args.seed or 0, **fixed}
+    if args.data is None:
+        settings = {"preset": "small", **settings}
+    if args.epochs is not None:
+        settings["epochs"] = args.epochs
+    config = Config.make(data=data, **settings)
+    storage = Storage(args.runs) / run_folder.check_name(name)
+    if storage.exists(ABOUT):
+        raise UsageError(f"--name: {storage.uri} exists; go on with it by --resume {name}, or choose another name")
+    storage = run_folder.open_new(args.runs, name)
+    DataChoice(data).check()
+    return storage, Plan(
+        space=space, config=config, trials=args.trials or 12, searcher=args.searcher or "random",
+        scheduler=args.scheduler or "asha", seed=args.seed or 0, workers=args.workers_per_trial or 1,
+        cpus=args.cpus_per_trial or 1, gpus=args.gpus_per_trial or 0.0,
+    )  # fmt: skip
+
+
+def as_it_was_left(storage: Storage, plan: Plan, trial: Trial) -> Entry:
+    """What an attempt that goes on knows of a trial; one that a kill kept from saving its end has not ended."""
+    done = trial.state != "done" or trial.epoch >= plan.config.epochs
+    saved = done and run_folder.is_saved(storage / f"{FOLDER}/{trial.name}", trial.records)
+    state = trial.state if saved or trial.state not in ("done", "stopped") else "waiting"
+    return Entry(trial.number, trial.name, trial.setting, state, trial.reason)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """UsageError for flags of a search that contradict each other or are out of range."""
+    flag_of = {name: f"{name}_per_trial" if name in ("gpus", "cpus", "workers") else name for name in LIMITS}
+    for name, (kind, limits) in LIMITS.items():
+        if (value := getattr(args, flag_of[name])) is not None and name != "gpus":
+            check(flag_of[name], value, kind, limits)
+    if args.gpus_per_trial is not None:
+        check("gpus_per_trial", args.gpus_per_trial, float, {"low": 0})
+    if args.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError("--searcher optuna: install it by pip install optuna")
+    gpus = args.gpus_per_trial or 0
+    if gpus > 1 or (gpus % 1 and (args.workers_per_trial or 1) > 1):
+        raise UsageError("--gpus-per-trial: a worker has one GPU or a part of one; for more, --workers-per-trial 4")
+    if args.scheduler == "pbt" and args.searcher == "optuna":
+        raise UsageError("--scheduler pbt: finds settings itself; leave out --searcher optuna")
+    if args.scheduler == "pbt" and (args.workers_per_trial or 1) > 1:
+        raise UsageError("--scheduler pbt: takes trials of one worker; leave out --workers-per-trial")
+    if args.resume is not None:
+        kept = ("data", "name", "epochs", "searcher", "scheduler", "seed", "gpus_per_trial", "cpus_per_trial")
+        for name in (*kept, "workers_per_trial", "search", "fixed"):
+            if getattr(args, name) not in (None, []):
+                flag = "--set" if name == "fixed" else "--" + name.replace("_", "-")
+                raise UsageError(f"{flag}: a resumed search keeps what it began with; leave it out")
+
+
+def finish(found: Search, name: str, where: str, interrupted: bool) -> None:
+    """The table, the picture, the best model, and what to type next."""
+    from dogvae.training.export import FOLDER as EXPORT
+    from dogvae.training.export import export
+    from tune import report
+
+    report.write(found)
+    try:
+        run, config = best_run(found)
+    except UsageError as error:
+        report.show(found)
+        if interrupted:
+            return
+        raise RunFailed(f"{error}; see the reasons above, or train one setting by itself first") from error
+    folder = export(run, config, found.storage / EXPORT)
+    report.show(found)
+    say(f"""
+the model   {folder.uri}
+next        python -m tune dashboard {name}{where}
+            dogvae sample {shlex.quote(folder.uri)} -n 64 -o samples.png
+            dogvae train{flags.sent()}{where} --from-search {name} --epochs {10 * config.epochs}""")

@@ -1,0 +1,22 @@
+"""Learning rate and weight of the KL term at any moment of training; pure functions."""
+
+from __future__ import annotations
+
+import math
+
+from dogvae.config import Config
+
+
+def lr_at(config: Config, epoch: float) -> float:
+    """Learning rate at a moment of training, in epochs: linear warm-up, then constant or half a cosine down to 1%."""
+    if epoch < config.lr_warmup:
+        return config.lr * (epoch + 0.01) / (config.lr_warmup + 0.01)
+    if config.schedule == "constant":
+        return config.lr
+    share = (epoch - config.lr_warmup) / max(config.epochs - config.lr_warmup, 1e-9)
+    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+
+def beta_at(config: Config, epoch: float) -> float:
+    """Weight of the KL term at a moment of training, in epochs: linear from 0 over the warm-up."""
+    return config.beta * min(1.0, epoch / config.kl_warmup) if config.kl_warmup else config.beta
