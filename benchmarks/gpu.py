@@ -42,7 +42,9 @@ from dogvae.storage import Storage
 from dogvae.training import metrics
 from dogvae.training.loop import loop
 from dogvae.training.observer import Observer
+from dogvae.training.optimizer import Adam
 from dogvae.training.step import Trainer
+from dogvae.training.sums import described
 from roofline import settle
 
 MOST_APART = 0.01  # of the two curves' losses, relative: what a changed order of sums and bf16 may do
@@ -97,6 +99,7 @@ def stepping(trainer: Trainer, bench: Bench) -> Callable[[], None]:
 def contiguous(trainer: Trainer) -> None:
     """Undo the trainer's channels_last: its weights', and its input's just before the network."""
     trainer.model.to(memory_format=torch.contiguous_format)
+    trainer.optimizer = Adam(trainer.parameters)  # CUDA's kernel wants moments with the strides of their weights
     trainer.model.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
 
@@ -209,8 +212,8 @@ def curves(bench: Bench) -> dict[str, Any]:
         for number, images in enumerate(Batches(data, bench.device)(order)):
             trainer.step(images, batch, number * 10 // steps, number, steps)
             if (number + 1) % (steps // chunks) == 0:
-                losses[name].append(float(trainer.sums[1] / trainer.sums[0]))
-                trainer.sums.zero_()
+                losses[name].append(described(trainer.sums.over_ranks(), 1)["train_loss"])
+                trainer.sums.clear()
     apart = max(abs(a / b - 1) for a, b in zip(losses["as it is"], losses["plain"], strict=True))
     bench.check("losses as they are and of a plain step agree", apart < MOST_APART, f"{apart:.3%} apart at most")
     bench.check("losses are finite", all(map(math.isfinite, losses["as it is"])), f"last {losses['as it is'][-1]:.1f}")

@@ -32,7 +32,8 @@ from dogvae.training.checkpoint import KEEP_LATEST, Checkpoint, Checkpoints
 from dogvae.training.observer import Observer
 from dogvae.training.ranks import T, _agree, _everyones, _together
 from dogvae.training.schedule import beta_at, lr_at
-from dogvae.training.step import Trainer, check_compiler
+from dogvae.training.step import Trainer
+from dogvae.training.sums import described
 
 PICTURES = 10  # how often over a run pictures go to TensorBoard
 POLL_STEPS_CUDA = 8  # steps between two looks at what is wanted; each makes the host wait for the GPU
@@ -76,7 +77,6 @@ class _Run:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.dataset = self._open_data()
         self.steps = -(-len(self.dataset.train) // config.batch_size)  # of an epoch
-        _together(lambda: check_compiler(config))
         self.trainer = Trainer(config, device)
         _check_storage(storage, self.rank, self.world_size, 4 * self.trainer.nbytes)
         self.checkpoints = Checkpoints(storage, observer.note, safety.patience_s)
@@ -186,31 +186,25 @@ class _Run:
             if self._poll():
                 return None
         trained = time.perf_counter() - began
-        sums = trainer.global_sums()
-        val = evaluate(trainer.judged, self.dataset.val, trainer.device, self.rank, self.world_size)
+        sums = trainer.sums.over_ranks()
+        val = evaluate(trainer.evaluated_model, self.dataset.val, trainer.device, self.rank, self.world_size)
         self._check_drift()
-        norm, skipped = sums[4:].tolist()
-        train_loss, train_reconstruction, train_kl = (sums[1:4] / sums[0]).tolist()
         last = epoch + (self.steps - 1) / self.steps
         record = {
             "epoch": epoch,
             "step": (epoch + 1) * self.steps,
-            "train_loss": train_loss,
-            "train_reconstruction": train_reconstruction,
-            "train_kl": train_kl,
+            **described(sums, self.steps),
             **{f"val_{name}": value for name, value in val.items()},
             "val_explained": loss.explained(val["loss"], *self.meta["baselines"]),
             "val_loss_per_pixel": val["loss"] / (3 * config.model.image_size**2),
             "lr": lr_at(config, last),
             "beta": beta_at(config, last),
-            "gradient_norm": norm / max(1, self.steps - skipped),
-            "skipped_steps": int(skipped),
             "images_per_s": (n - first * config.batch_size) / trained,
             "data_wait": waited / trained,
             "world_size": self.world_size,
             "seconds": seconds + time.perf_counter() - began,
         }
-        trainer.sums.zero_()
+        trainer.sums.clear()
         self.meta |= {"epoch": epoch + 1, "seconds": record["seconds"], "val_loss": val["loss"]}
         self.meta["records"] = [*self.meta["records"], metrics.plain(record)]
         if self.recorder:
@@ -246,7 +240,7 @@ class _Run:
 
     def _save(self) -> None:
         """Save the state as it is; every rank must call it."""
-        sums = self.trainer.global_sums()
+        sums = self.trainer.sums.over_ranks()
 
         def save() -> None:
             if self.rank == 0:
@@ -283,7 +277,7 @@ class _Run:
     @torch.inference_mode()
     def _pictures(self) -> dict[str, np.ndarray]:
         photos = self.dataset.val.gather(np.arange(min(8, len(self.dataset.val))))
-        model = self.trainer.judged.eval()
+        model = self.trainer.evaluated_model.eval()
         try:
             return previews.standard(model, photos, self.trainer.device)
         finally:

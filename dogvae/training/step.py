@@ -7,12 +7,6 @@ neither an interruption nor the number of workers changes what is computed.
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-import socket
-import sys
-from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,38 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 from dogvae import rng
 from dogvae.config import Config
 from dogvae.data.dataset import rank_slice
-from dogvae.errors import UsageError
 from dogvae.network import likelihood as loss
-from dogvae.network.norm import SyncBatchNorm
 from dogvae.network.vae import VAE
 from dogvae.rng import Stream
 from dogvae.training.augment import augment, draws
 from dogvae.training.checkpoint import part
 from dogvae.training.memory import keep_freed_memory
+from dogvae.training.optimizer import Adam
 from dogvae.training.schedule import beta_at, lr_at
-
-BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam
-
-
-class _EagerDDP(DistributedDataParallel):
-    """DDP for a network that is not compiled, without torch's compiler: its import takes longer than that of torch.
-
-    DDP asks it in which way it works together with compiled networks, and hides itself from it.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        is_there = "torch._dynamo" in sys.modules
-        if not is_there:
-            utils = SimpleNamespace(get_optimize_ddp_mode=lambda: "no_optimization")
-            torch._dynamo = SimpleNamespace(utils=utils)  # type: ignore[assignment]
-        try:
-            super().__init__(*args, **kwargs)
-        finally:
-            if not is_there:
-                del torch._dynamo
-
-    def _inside_ddp_forward(self) -> Any:
-        return nullcontext()
+from dogvae.training.sums import EpochSums
 
 
 class Trainer:
@@ -63,25 +34,18 @@ class Trainer:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        torch.manual_seed(
-            rng.seed(Stream.WEIGHTS, config.seed)
-        )  # every rank starts from the same weights, at every world size
+        # Every rank starts from the same weights, at every world size.
+        torch.manual_seed(rng.seed(Stream.WEIGHTS, config.seed))
         self.model = VAE(config.model).to(device)
         if device.type == "cuda":
             self.model = self.model.to(memory_format=torch.channels_last)
         else:
             keep_freed_memory()
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
-        if config.compile == "on":
-            for module in self.model.modules():
-                if isinstance(module, SyncBatchNorm) and self.world_size > 1:
-                    # Left to itself the compiler moves the sums over ranks, differently for a rank without images.
-                    module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-            self.model.compile()
         self.net: Any = self.model
         if self.world_size > 1:
             devices = [device] if device.type == "cuda" else None
-            self.net = (DistributedDataParallel if config.compile == "on" else _EagerDDP)(
+            self.net = DistributedDataParallel(
                 self.model,
                 device_ids=devices,
                 gradient_as_bucket_view=True,
@@ -89,21 +53,13 @@ class Trainer:
                 # would be added up in another order in a process that has just started than in one that has not.
                 find_unused_parameters=True,
             )
-            if config.gradient_compression == "bf16":
-                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-                self.net.register_comm_hook(None, bf16_compress_hook)
         self.parameters = dict(self.model.named_parameters())
-        self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.updates = torch.zeros((), device=device)  # that Adam has made
+        self.optimizer = Adam(self.parameters)
         self.bf16 = config.precision == "bf16" or (
             config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         self.noise = torch.Generator(device)
-        # Of this epoch on this rank, over the steps that were not skipped: images, loss, reconstruction and KL in nats,
-        # gradient norms; and how many steps were skipped.
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self.sums = EpochSums(device)  # of this epoch
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # steps skipped in a row, up to now
 
     def step(self, images: Tensor, n: int, epoch: int, step: int, steps: int) -> None:
@@ -130,10 +86,8 @@ class Trainer:
         # DDP averages over ranks: times their number, the slices' sums add up to the mean over the global batch.
         (objective * self.world_size).backward()
         skipped, norm = self._update(lr_at(config, epoch + step / steps), epoch * steps + step, before)
-        nats = torch.stack([reconstruction.sum() + beta * kl.sum(), reconstruction.sum(), kl.sum()]).detach().double()
-        images_nats_norm = torch.cat([nats.new_tensor([len(x)]), nats, norm.double()[None]])
-        taken = torch.where(skipped > 0, torch.zeros_like(images_nats_norm), images_nats_norm)
-        self.sums += torch.cat([taken, skipped.double()[None]])
+        nats = torch.stack([reconstruction.sum() + beta * kl.sum(), reconstruction.sum(), kl.sum()]).detach()
+        self.sums.add(len(x), nats, norm, skipped)
         self.streak = (self.streak + 1) * skipped.long()
 
     def _objective(self, reconstruction: Tensor, kl: Tensor, beta: float, n: int) -> Tensor:
@@ -153,7 +107,7 @@ class Trainer:
         if self.config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
         skipped = (~torch.isfinite(norm)).float()
-        self._adam(gradients, lr, skipped)
+        self.optimizer.step(lr, skipped)
         for buffer, old in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(torch.where(skipped > 0, old, buffer))
         if self.ema is not None:
@@ -166,39 +120,13 @@ class Trainer:
                 mean.copy_(value)
         return skipped, norm
 
-    def _adam(self, gradients: list[Tensor], lr: float, skipped: Tensor) -> None:
-        """A step of Adam (Kingma & Ba 2015). Where `skipped` is 1 weights and moments are left alone, without asking
-        the device first.
-
-        The kernel of torch.optim.Adam(fused=True), without that class: its first use imports torch's compiler, which
-        every start of a worker would wait for, some seconds.
-        """
-        self.updates += 1
-        torch._fused_adam_(
-            [p.detach() for p in self.parameters.values()],
-            gradients,
-            list(self.exp_avg.values()),
-            list(self.exp_avg_sq.values()),
-            [],
-            [self.updates] * len(gradients),
-            lr=lr,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            weight_decay=0.0,
-            eps=EPS,
-            amsgrad=False,
-            maximize=False,
-            found_inf=skipped,
-        )
-        self.updates -= skipped
-
     @property
     def nbytes(self) -> int:
         """Size of the weights."""
         return sum(p.numel() * p.element_size() for p in self.parameters.values())
 
     @property
-    def judged(self) -> VAE:
+    def evaluated_model(self) -> VAE:
         """The model that is validated and exported: the averaged weights if there are any."""
         return self.ema or self.model
 
@@ -207,38 +135,15 @@ class Trainer:
         tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
         if self.ema is not None:
             tensors |= {f"ema/{name}": t for name, t in self.ema.state_dict().items()}
-        tensors |= {f"adam/exp_avg/{name}": t for name, t in self.exp_avg.items()}
-        tensors |= {f"adam/exp_avg_sq/{name}": t for name, t in self.exp_avg_sq.items()}
-        return tensors | {"adam/updates": self.updates, "streak": self.streak}
-
-    def global_sums(self) -> Tensor:
-        """`sums` over all ranks; every rank must call it."""
-        images_nats = self.sums[:4].clone()
-        if self.world_size > 1:
-            dist.all_reduce(images_nats)
-        return torch.cat([images_nats, self.sums[4:]])  # norms and skipped steps are the same on all ranks
+        tensors |= {f"adam/{name}": t for name, t in self.optimizer.state().items()}
+        return tensors | {"streak": self.streak}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state` gave, and, if it is there, what `global_sums` gave as `sums`."""
+        """Take over what `state` gave, and, if it is there, what `EpochSums.over_ranks` gave as `sums`."""
         self.model.load_state_dict(part(tensors, "model"))
         if self.ema is not None:
             self.ema.load_state_dict(part(tensors, "ema"))
-        for key, moments in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
-            saved = part(tensors, f"adam/{key}")
-            for name, moment in moments.items():
-                moment.copy_(saved[name])
-        self.updates.copy_(tensors["adam/updates"])
+        self.optimizer.load(part(tensors, "adam"))
         self.streak = tensors["streak"].to(self.device, copy=True)
         if "sums" in tensors:
-            self.sums.copy_(tensors["sums"])
-            if self.rank > 0:
-                self.sums[:4] = 0  # rank 0 carries them for all
-
-
-def check_compiler(config: Config) -> None:
-    """UsageError if the network is to be compiled and this node cannot."""
-    compiler = os.environ.get("CXX", "g++")
-    if config.compile == "on" and not shutil.which(compiler):
-        raise UsageError(
-            f"--compile on: {socket.gethostname()} has no C++ compiler {compiler}: install one, or leave it out"
-        )
+            self.sums.load(tensors["sums"], self.rank)

@@ -125,9 +125,9 @@ def poisoned(bad: set[int], image: int, seen: list[Tensor]) -> Callable[..., Non
         if epoch * steps + number in bad:
             images = images.float()
             images[image] = math.nan
-        before = self.sums.clone()
+        before = self.sums.over_ranks()
         step(self, images, n, epoch, number, steps)
-        seen.append(self.sums - before)
+        seen.append(self.sums.over_ranks() - before)
 
     return changed
 

@@ -243,7 +243,7 @@ def both(
 
 def our_loss(trainer: Trainer, n: int) -> float:
     """The objective of the trainer's only step, through its own scaling of the sums it keeps."""
-    _, _, reconstruction, kl, _, skipped = trainer.sums
+    _, _, reconstruction, kl, _, skipped = trainer.sums.over_ranks()
     assert skipped == 0
     return float(trainer._objective(reconstruction, kl, 1.0, n))
 

@@ -162,7 +162,7 @@ def test_gradient_is_that_of_the_mean_negative_elbo(likelihood: str, augmented: 
     total = float((reconstruction + beta * kl).sum())
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in expected))
     sums = [3, total, float(reconstruction.sum()), float(kl.sum()), norm, 0.0]
-    assert trainer.sums.tolist() == pytest.approx(sums, rel=1e-5)
+    assert trainer.sums.over_ranks().tolist() == pytest.approx(sums, rel=1e-5)
 
 
 def adam(parameters: list[Tensor], lr: float) -> torch.optim.Adam:
@@ -195,15 +195,15 @@ def test_weights_and_average_after_two_steps(clip: float) -> None:
         trainer.step(images, 4, epoch=0, step=step, steps=8)
     for ours, theirs in zip(trainer.model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
-    assert trainer.judged is trainer.ema
-    for mean, expected in zip(trainer.judged.parameters(), averaged, strict=True):
+    assert trainer.evaluated_model is trainer.ema
+    for mean, expected in zip(trainer.evaluated_model.parameters(), averaged, strict=True):
         torch.testing.assert_close(mean.double(), expected, rtol=0, atol=2e-6)
 
 
 def test_without_average_the_weights_are_judged() -> None:
     trainer = trainer_of(config_of(ema=0.0))
     assert trainer.ema is None
-    assert trainer.judged is trainer.model
+    assert trainer.evaluated_model is trainer.model
 
 
 def test_first_weights_depend_on_the_seed_alone() -> None:
@@ -223,7 +223,7 @@ def test_a_step_depends_on_its_key() -> None:
         trainer = trainer_of(config)
         torch.manual_seed(step + 7 * epoch)
         trainer.step(photos(4), 4, epoch, step, 5)
-        return trainer.sums.tolist()
+        return trainer.sums.over_ranks().tolist()
 
     assert after(1, 2) == after(1, 2)
     assert len({tuple(after(*key)) for key in ((1, 2), (1, 3), (2, 2))}) == 3
@@ -297,19 +297,19 @@ def test_step_that_is_not_finite_is_skipped(first: bool, clip: float) -> None:
     if not first:
         for each in (trainer, spared):
             each.step(photos(4, seed=1), 4, 0, 0, 5)
-    before, sums = snapshot(trainer), trainer.sums.clone()
+    before, sums = snapshot(trainer), trainer.sums.over_ranks()
     assert before.pop("streak") == 0
     trainer.step(broken(4), 4, 0, 1, 5)
     after = snapshot(trainer)
     assert after.pop("streak") == 1
     assert differing(before, {name: after[name] for name in before}) == []
-    assert trainer.sums[5] == sums[5] + 1 == 1
-    assert torch.equal(trainer.sums[:5], sums[:5])
+    assert trainer.sums.over_ranks()[5] == sums[5] + 1 == 1
+    assert torch.equal(trainer.sums.over_ranks()[:5], sums[:5])
     for each in (trainer, spared):
         each.step(photos(4, seed=2), 4, 0, 2, 5)
     assert differing(trainer.state(), spared.state()) == []
     assert differing(before, {name: trainer.state()[name] for name in before}) == list(before)
-    assert torch.equal(trainer.sums[:5], spared.sums[:5])
+    assert torch.equal(trainer.sums.over_ranks()[:5], spared.sums.over_ranks()[:5])
 
 
 def test_skipped_step_leaves_the_statistics_alone() -> None:

@@ -108,7 +108,7 @@ def _evaluate(rank: int, world_size: int, data: str, out: str) -> None:
 def _validation(data: str, rank: int, world_size: int) -> dict[str, float]:
     config = Config.make(width=4, latent_dim=4, image_size=SIZE)
     torch.manual_seed(1)
-    trainer_model = Trainer(config, torch.device("cpu")).judged
+    trainer_model = Trainer(config, torch.device("cpu")).evaluated_model
     torch.nn.init.normal_(trainer_model.decoder.layers[-1].weight, std=0.3)  # so that the pictures are not all grey
     return evaluate(trainer_model, Dataset(data).val, torch.device("cpu"), rank, world_size)
 
