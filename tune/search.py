@@ -13,7 +13,7 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialSch
 from dogvae.config import ModelConfig, fields_of
 from dogvae.errors import UsageError
 from dogvae.storage import Storage
-from dogvae.training.events import in_background, make_hub
+from dogvae.training.events import in_background, start_events
 from tune.live import View
 from tune.search_folder import Entry, Plan, save_trials
 from tune.searcher import TreeParzen, listed
@@ -42,7 +42,7 @@ def run(storage: Storage, plan: Plan, known: Sequence[Entry], at_once: int, budg
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    hub = make_hub()
+    hub = start_events()
     job = Job(
         search=storage.uri,
         config=plan.config,

@@ -1,26 +1,25 @@
-"""The network that workers talk over."""
+"""What workers take over from the command's environment, and the network that they talk over."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+
+TO_WORKERS = ("NCCL_", "TORCH_NCCL_", "GLOO_", "RAY_TRAIN_", "DOGVAE_CACHE")
 
 
-def network_settings() -> dict[str, str]:
-    """What this process's environment says about the network between workers, to be told to them."""
-    return {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "GLOO_", "TORCH_NCCL_"))}
+def worker_environment() -> dict[str, str]:
+    """The settings of this process's environment that every worker needs, also on nodes that were started before."""
+    return {name: value for name, value in os.environ.items() if name.startswith(TO_WORKERS)}
 
 
-def choose_interface(settings: Mapping[str, str]) -> None:
-    """Take over `network_settings`; and if they say nothing else, have gloo talk over the network that Ray does.
+def choose_interface() -> None:
+    """Have gloo use the network that Ray uses, unless `GLOO_SOCKET_IFNAME` names one.
 
-    It would take the address that the host's own name stands for, which on many is a loopback one: others then knock
-    at their own door.
+    By default gloo binds to what the hostname resolves to. Where that is loopback, peers connect to themselves.
     """
     import psutil
     import ray
 
-    os.environ.update(settings)
     mine = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == mine for address in addresses):

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dogvae.compat import HEAD_RESOURCE
 from dogvae.console import Progress, clock
 from dogvae.errors import RunFailed, UsageError
 
-HEAD = "node:__internal_head__"  # a resource of the head alone
 NODES_INTERVAL_S = 2.0  # between two looks at what nodes there are
 
 
@@ -53,7 +53,7 @@ def _config() -> dict[str, Any] | None:
     import ray
 
     address = ray.get_runtime_context().gcs_address
-    head = next(node for node in ray.nodes() if HEAD in node["Resources"])
+    head = next(node for node in ray.nodes() if HEAD_RESOURCE in node["Resources"])
     if head["NodeID"] == ray.get_runtime_context().get_node_id():
         return _config_here(address)
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -240,7 +240,7 @@ def _add(backend: str, first: str, port: int, world_size: int, rank: int) -> int
     import torch
     import torch.distributed as dist
 
-    choose_interface({})
+    choose_interface()
     timeout = timedelta(seconds=GROUP_TIMEOUT_S)
     dist.init_process_group(backend, f"tcp://{first}:{port}", timeout=timeout, world_size=world_size, rank=rank)
     try:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from dogvae.cluster import connect
 from dogvae.cluster.submit import SENT
 from dogvae.config import CROPS, Config, ModelConfig, Safety, check, fields_of
 from dogvae.errors import RunFailed, UsageError
@@ -213,9 +214,16 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
+def _start_ray(verbose: bool, **options: Any) -> None:
+    from dogvae.training.fast_start import start_ray
+
+    start_ray(verbose, **options)
+
+
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a command: its exit status; 2 and one line on stderr for a user's mistake, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    connect.start_ray = _start_ray
     try:
         return main(argv) or 0
     except UsageError as error:

@@ -116,7 +116,7 @@ def search(args: argparse.Namespace) -> int:
     from tune.search import run, scheduler_of  # Ray Tune: seconds
 
     scheduler_of(plan)  # its mistakes are told before anything is written
-    say(connect.connect(args.address, args.verbose, environments=True))
+    say(connect.connect(args.address, args.verbose))
     if args.resume is None and args.gpus_per_trial is None:
         plan = replace(plan, gpus=float(nodes.has_gpus()))
     at_once = nodes.most_slots(plan.cpus, plan.gpus) // plan.workers

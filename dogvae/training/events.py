@@ -1,6 +1,6 @@
-"""What the driver and the workers say to each other while a run goes on.
+"""What the workers and the command say to each other while a run goes on.
 
-Of its own, without torch: the actor starts before the workers, and every second of its imports delays them.
+In a file of its own, without torch: the actor starts before the workers, and what it imports delays them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Hub:
-    """An actor beside the driver: events on their way from the workers to it, and its wish to stop on its way back."""
+class Events:
+    """An actor beside the command. Events go from the workers to the command; the wish to stop goes back.
+
+    An event is a tuple of its kind and what belongs to it: `progress` (epoch, step, steps), `epoch` (record),
+    `note` (line), `failure` (first line of each lost rank's error, by rank), `failed` (reason).
+    """
 
     def __init__(self) -> None:
         self._events: list[tuple[Any, ...]] = []
@@ -31,34 +35,34 @@ class Hub:
         return events
 
     def stop(self) -> None:
-        """From now on `stopping` is true."""
+        """Ask the run to save a checkpoint and stop."""
         self._stopping = True
 
+    def stopping(self) -> bool:
+        """Whether the run is to save a checkpoint and stop."""
+        return self._stopping
+
     def fail(self, reason: str) -> None:
-        """A worker cannot go on, and no other attempt could: an event of its own, and what `failure` says."""
+        """No attempt can go on: adds a `failed` event, and `failure` returns the reason from now on."""
         self._failure = reason
         self.tell("failed", reason)
 
     def failure(self) -> str:
-        """Why no attempt makes sense; empty while one does."""
+        """Why no further attempt makes sense; empty while one does."""
         return self._failure
 
-    def stopping(self) -> bool:
-        """Whether the run is to be saved and stopped."""
-        return self._stopping
 
-
-def make_hub() -> Any:
-    """A hub on this node, which needs no CPU: the handle of its actor."""
+def start_events() -> Any:
+    """Start the actor on this node, where it takes no CPU; returns its handle."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Hub).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(Events).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def in_background(action: Callable[[], T]) -> Future[T]:
-    """Run what Ray would keep the main thread busy with: that one is to hear signals, and to end without waiting."""
+    """Run `action` in a daemon thread, so that the main thread can handle signals and exit at once."""
     future: Future[T] = Future()
 
     def run() -> None:

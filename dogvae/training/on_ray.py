@@ -1,7 +1,6 @@
-"""A training by Ray Train from the command's side: starting it, its progress on the console, stopping it, its failures.
+"""Training by Ray Train, from the command's side: starting it, its progress on the console, its failures, stopping it.
 
-Without torch: the command does not need it until the end, and would take seconds to import it while the workers do. Ray
-Train's trainer is in controller.py, what the workers run in worker.py, and how they are there so soon in early.py.
+What the workers run is in worker.py.
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ from importlib import import_module
 from threading import Thread
 from typing import Any
 
-from dogvae.cluster import network
-from dogvae.cluster import nodes as cluster
+from dogvae.cluster import nodes
+from dogvae.cluster.network import worker_environment
 from dogvae.cluster.nodes import Workers
 from dogvae.config import Config, Safety
 from dogvae.console import Progress, clock, stop_signals
 from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
-from dogvae.training import early, metrics
-from dogvae.training.events import in_background, make_hub
+from dogvae.training import fast_start, metrics
+from dogvae.training.events import in_background, start_events
 
 NODES_INTERVAL_S = 5.0  # without a word from the workers, until it is looked whether they have nodes
 RESIZE_INTERVAL_S = 10.0  # how often an elastic run looks for more workers
 # How soon Ray Train notices. Its defaults are for jobs of hours: 2 s for a death, 5 s for a node that will go.
-TRAIN_SETTINGS = {
+SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
@@ -49,8 +48,8 @@ def launch(config: Config, storage: Storage, workers: Workers, safety: Safety, v
     """
     with stop_signals() as received, Progress("training", plain_interval_s=60) as line:
         line.update(0, config.epochs, "starting the workers")
-        hub, fit = start(config, storage, workers, safety, verbose)
-        _watch(hub, fit, received, line, config, workers, safety)
+        events, fit = start(config, storage, workers, safety, verbose)
+        _watch(events, fit, received, line, config, workers, safety)
     how, message = fit.result()
     if how == "mistake":
         raise UsageError(message)
@@ -67,36 +66,35 @@ def start(
     verbose: bool,
     wants_saved: bool = False,
 ) -> tuple[Any, Future[tuple[str, str]]]:
-    """Begin training in the background. Returns the hub that is told what happens, and how it will have ended: see
-    `worker.work`.
+    """Begin training in the background. Returns the events' actor, and a future of what `worker.work` returns.
 
-    With `wants_saved` an epoch is on the storage before it is told.
+    With `wants_saved`, an epoch's checkpoint is on the storage before the epoch is told.
     """
-    started = None if isinstance(workers.count, tuple) else early.start(workers)  # else Ray Train says how many
-
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-
-    from dogvae.training.controller import Failures, Torch, Trainer
-
-    hub = make_hub()  # only now, as its process would hold up theirs
-    for name, value in TRAIN_SETTINGS.items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault(START_TIMEOUT, "10" if isinstance(workers.count, tuple) else "30")
-    one_machine = cluster.is_one_machine()
-    if one_machine:  # no node will go and leave others behind
+    one_machine = nodes.is_one_machine()
+    if one_machine:  # no node can leave while others go on
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    early = fast_start.start_workers(workers) if one_machine else None
+
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from dogvae.training.process_group import LostWorkers, ProcessGroup
+
+    events = start_events()  # only now, as its process would hold up theirs
     place, mark, options = storage.uri.partition("?")  # options of an object store, as pyarrow takes them
     head, _, name = place.rpartition("/")
     # At run time these are Train V2's classes, which keep what the workers return; type checkers see V1's.
-    trainer = Trainer(
-        started,
-        one_machine,
+    trainer_class: Any = fast_start.trainer_class(early) if one_machine else TorchTrainer
+    trainer = trainer_class(
         _work,
         train_loop_config={
-            "config": config, "run": storage.uri, "hub": hub, "threads": workers.cpus, "safety": safety,
+            "config": config, "run": storage.uri, "events": events, "threads": workers.cpus, "safety": safety,
             "wants_saved": wants_saved, "nodes_may_go": not one_machine,
         },
-        backend_config=Torch(workers.gpu, network.network_settings()),
+        torch_config=ProcessGroup(),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=workers.count,  # type: ignore[arg-type]
             use_gpu=workers.gpu,
@@ -107,17 +105,17 @@ def start(
             name=name,
             storage_path=head + mark + options,
             failure_config=FailureConfig(max_failures=safety.max_failures),
-            callbacks=[Failures(hub)],  # type: ignore[list-item]
-            # What it would tell of lost workers, `Failures` tells in a line; all of it is in Ray's session folder.
+            callbacks=[LostWorkers(events)],  # type: ignore[list-item]
+            # `LostWorkers` prints one line for what Ray Train would log; the full log is in Ray's session folder.
             logging_config=LoggingConfig(log_level="INFO" if verbose else "CRITICAL"),
+            worker_runtime_env={"env_vars": worker_environment()},
         ),
     )  # fmt: skip
-    fit: Any = trainer.fit
-    return hub, in_background(lambda: fit().return_value)
+    return events, in_background(lambda: trainer.fit().return_value)
 
 
 def _watch(
-    hub: Any, fit: Future[Any], received: list[int], line: Progress, config: Config, workers: Workers, safety: Safety
+    events: Any, fit: Future[Any], received: list[int], line: Progress, config: Config, workers: Workers, safety: Safety
 ) -> None:
     """Show what the workers tell until the trainer has ended and everything is shown; pass a signal on to them."""
     import ray
@@ -131,11 +129,11 @@ def _watch(
     while True:
         if received and not stopping:
             stopping = True
-            hub.stop.remote()
+            events.stop.remote()
             line.note("stopping after a checkpoint; once more stops at once")
         ended = fit.done()
         now = time.monotonic()
-        for kind, *payload in ray.get(hub.take.remote()):
+        for kind, *payload in ray.get(events.take.remote()):
             if heard == began:  # the time left is that of training
                 line.restart()
             heard = now
@@ -160,7 +158,7 @@ def _watch(
         if ended:
             return
         if min(now - heard, now - looked) > NODES_INTERVAL_S:
-            looked, lack = now, cluster.missing(workers)
+            looked, lack = now, nodes.missing(workers)
             if not lack:
                 lacking = None
             elif lacking is None:

@@ -98,7 +98,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ray, "init", start)
     monkeypatch.setattr(connect, "connect", start)
-    monkeypatch.setattr(search, "make_hub", start)
+    monkeypatch.setattr(search, "start_events", start)
 
 
 @pytest.fixture
