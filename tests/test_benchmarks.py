@@ -25,7 +25,6 @@ import peers
 import playground
 import roofline
 import scaling
-import search
 import step
 from dogvae.config import Config
 from dogvae.data.dataset import Dataset
@@ -186,12 +185,6 @@ def test_written_photos_open_as_a_verified_dataset(tmp_path: Path) -> None:
     assert job.photos_of(folder).shape == (12, 3, 64, 64)
     config = job.config_for(folder, "notebook", argparse.Namespace(samples=2, batch_size=6, width=8))
     assert (config.samples, config.batch_size, config.model.width, config.model.architecture) == (2, 6, 8, "notebook")
-
-
-def test_both_searches_try_the_same_settings() -> None:
-    settings = search.given(argparse.Namespace(trials=3))
-    assert [set(s) for s in settings] == [{"latent_dim", "lr", "samples"}] * 3
-    assert settings == search.given(argparse.Namespace(trials=5))[:3]
 
 
 # --- the benchmarks, each within this process where possible
