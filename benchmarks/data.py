@@ -1,15 +1,15 @@
-"""Feeding a training: our batches against a DataLoader with torchvision's transforms, and memory as the dataset grows.
+"""Feeding a training: our batches against a DataLoader with torchvision's transforms, and memory as datasets grow.
 
     python benchmarks/data.py [--batch-size 32] [--repeats 5] [--images 10000 100000 1000000 10000000] [--json FILE]
 
-Speed: images/s, ready for the network on the CPU, augmented, nobody training. Ours is `dogvae.data.dataset.Batches` and
-`dogvae.training.augment` in the training process, with --threads threads; the peers are a DataLoader over the same
-images in memory (peers.py) in the training process, and with --loader-workers processes beside it. All take turns.
+Speed: images/s on the CPU, augmented and ready for the network, without a training. Ours is `Batches` of
+`dogvae.data.dataset` and `dogvae.training.augment`, with --threads threads. The peers are a DataLoader (peers.py) over
+the same images in memory, alone in the training process, and with --loader-workers processes beside it. All take turns.
 
-Memory: what the training process has for itself (anonymous pages, beyond what importing costs) once it has opened a
-dataset and drawn its first batches, and the most it had while it put the epoch's images in order. Ours as the loop does
-it; the peer is a DataLoader with `shuffle=True` over one memory map. The files are sparse: 10 million images are 123 GB
-that no disk needs to have.
+Memory: a process opens a dataset and draws its first batches. Its own memory (anonymous pages, without what imports
+cost) is measured afterwards, and its peak while the images are put in order. Ours opens the dataset as the loop does;
+the peer is a DataLoader with `shuffle=True` over one memory map. The files are sparse: 10 million images are 123 GB,
+and need no room on the disk.
 
 Last, `data_wait` of a training: the share of its time that the loop waits for a batch.
 """
@@ -25,12 +25,12 @@ from typing import Any
 
 import measure
 
-SIZE, BATCHES = 64, 20  # of the images; drawn when memory is looked at
-SHARD = 2**26 // (3 * SIZE * SIZE)  # images, as `dogvae prepare` writes them
+SIZE, BATCHES = 64, 20  # side of the images; batches that are drawn when memory is measured
+SHARD = 2**26 // (3 * SIZE * SIZE)  # images of a shard, as `dogvae prepare` writes them
 
 
 def sparse(folder: Path, images: int, shard: int = SHARD) -> Path:
-    """A prepared dataset of black images that takes no room on the disk: only its headers are written."""
+    """A prepared dataset of black images that takes no room on the disk: only the headers are written."""
     import numpy as np
 
     folder.mkdir(parents=True)
@@ -54,11 +54,11 @@ def sparse(folder: Path, images: int, shard: int = SHARD) -> Path:
     return folder
 
 
-# --- contenders
+# --- the contenders
 
 
 def ours(args: argparse.Namespace) -> None:
-    """Our batches, as the loop and the step make them."""
+    """Our batches, augmented, as the loop and the step make them."""
     import torch
 
     from dogvae.data.dataset import Batches, Dataset, epoch_order
@@ -95,13 +95,13 @@ def loader(args: argparse.Namespace) -> None:
 
 
 def own_mb() -> float:
-    """Anonymous memory of this process: what nobody shares, and no memory map can give back."""
+    """Anonymous memory of this process, in MB: it is not shared, and belongs to no memory map."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**10
 
 
 def our_memory(args: argparse.Namespace) -> None:
-    """Memory for a dataset as the loop opens it, for its first epoch."""
+    """Memory for the first epoch of a dataset that is opened as the loop opens it."""
     import torch
 
     from dogvae.data.dataset import Batches, Dataset, epoch_order, rank_slice
@@ -118,7 +118,7 @@ def our_memory(args: argparse.Namespace) -> None:
 
 
 def loader_memory(args: argparse.Namespace) -> None:
-    """Memory for the same images behind a DataLoader, in one memory map."""
+    """Memory for the same images in one memory map behind a DataLoader."""
     import numpy as np
     import torch
     from torch.utils.data import DataLoader, Dataset
@@ -143,7 +143,7 @@ def loader_memory(args: argparse.Namespace) -> None:
 
 
 def waiting(args: argparse.Namespace) -> None:
-    """`data_wait` of each epoch of a training but the first."""
+    """`data_wait` of each epoch of a training, without the first."""
     import torch
 
     import job
@@ -159,11 +159,11 @@ def waiting(args: argparse.Namespace) -> None:
     measure.say({"data_wait": [record["data_wait"] for record in metrics.read(storage)[1:]]})
 
 
-# --- what is measured
+# --- the measurements
 
 
 def once(name: str, args: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """What a contender says that has nothing to wait for."""
+    """The answer of a contender that takes no turns."""
     contender = measure.Contender(name, command(name, args, data), args.threads)
     try:
         return contender.answer()
@@ -177,7 +177,7 @@ def command(name: str, args: argparse.Namespace, data: Path, loader_workers: int
 
 
 def speeds(args: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """Images/s of ours and of the loaders, and how many times as fast we are."""
+    """Images/s of our batches and of the loaders, and the ratio of ours to each."""
     commands = {"ours": (command("ours", args, data), args.threads)}
     for workers in dict.fromkeys((0, args.loader_workers)):
         commands[f"DataLoader, {workers} workers"] = (command("loader", args, data, workers), args.threads)
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the training process (default: 1)")
     parser.add_argument("--loader-workers", type=int, default=measure.cores(), help="(default: one a core)")
     parser.add_argument("--images", type=int, nargs="+", default=[10**4, 10**5, 10**6, 10**7], help="of the datasets")
-    parser.add_argument("--width", type=int, default=16, help="of the training that tells data_wait (default: 16)")
+    parser.add_argument("--width", type=int, default=16, help="of the training for data_wait (default: 16)")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -223,8 +223,8 @@ def main() -> None:
             shards, whole = sparse(folder / f"{images}", images), sparse(folder / f"{images}-whole", images, images)
             both = once("our_memory", args, shards), once("loader_memory", args, whole)
             figures["memory"][str(images)] = dict(zip(("ours", "loader"), both, strict=True))
-            told = "".join(f"{of[key]:>12.1f}" for of in both for key in ("own_mb", "peak_mb"))
-            lines.append(f"{images:>12,}{told}")
+            columns = "".join(f"{of[key]:>12.1f}" for of in both for key in ("own_mb", "peak_mb"))
+            lines.append(f"{images:>12,}{columns}")
         waits = once("waiting", args, folder / "data")["data_wait"]
     figures["data_wait"] = statistics.median(waits)
     lines.append(f"\ndata_wait of a training of width {args.width}: {figures['data_wait']:.2%}")

@@ -155,9 +155,6 @@ def sweep(bench: Bench) -> dict[str, Any]:
     shares = [row["share"] for row in found.values()]
     if not bench.quick:
         bench.check("no step is faster than its floor", max(shares) < 1.05, f"{max(shares):.0%} at most")
-    config = bench.config(3, 1)
-    ours, theirs = roofline.count(config)["image_gflop"], roofline.counted(config)
-    bench.check("FLOPs are PyTorch's own count", math.isclose(ours, theirs, rel_tol=1e-6), f"{ours:.4f}, {theirs:.4f}")
     return {"peak_tflops": tflops, "peak_gbs": gbs, "steps": found}
 
 

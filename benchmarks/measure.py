@@ -1,9 +1,9 @@
 """What every benchmark shares: the machine and versions, contenders that take turns, medians with their spread, JSON.
 
-A contender is a process of its own, with its own threads, imports and memory. All are started first, one after
-another; then they take turns, in an order that is reversed from round to round, so that a machine which slows down
-while it runs slows all of them down. While one has its turn the others wait for a line on their standard input and
-cost nothing. A ratio is the median of the rounds' ratios, with the least and the largest of them.
+A contender is a process with its own threads, imports and memory. All contenders start first, one after another. Then
+they take turns, and every second round reverses the order: a machine that slows down slows all of them down. The
+contenders that wait read a line from standard input, which costs nothing. A ratio is the median of the rounds' ratios,
+given with the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-MARK = "turn "  # begins the lines that are meant for us: libraries print what they like
+MARK = "turn "  # starts each line that answers an order; libraries print other lines
 Answer = dict[str, Any]
 
 
@@ -32,7 +32,7 @@ Answer = dict[str, Any]
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that we may use, memory, system; the GPU if PyTorch is imported and sees one."""
+    """Processor, usable cores, memory and system; the GPU if PyTorch is imported and sees one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -47,12 +47,12 @@ def machine() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
+    """The versions of Python and of those named packages that are installed."""
     found = {"python": platform.python_version()}
     for name in names:
         with suppress(metadata.PackageNotFoundError):
@@ -61,9 +61,9 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def peak_mb() -> float:
-    """The most memory that this process has had.
+    """The peak memory of this process, in MB of 2^20 bytes.
 
-    Not `ru_maxrss`: that of a process which was just started includes the one that started it.
+    Not `ru_maxrss`: for a new process it includes the memory of the process that started it.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -78,12 +78,12 @@ def peak_mb() -> float:
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and largest, and how many."""
+    """Median, lowest and highest value, and their number."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Of two contenders' figures, round by round: what they share of the machine's moods cancels out."""
+    """The ratio of two contenders' figures, taken round by round: a slow moment of the machine cancels out."""
     return summary([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
@@ -93,7 +93,7 @@ def shown(figure: Mapping[str, float], form: str = ".1f", unit: str = "") -> str
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A command line with the usage at the top of the file, and --json."""
+    """An argument parser with --json, whose help is the benchmark's docstring."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -102,7 +102,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def report(figures: dict[str, Any], lines: Sequence[str], args: argparse.Namespace, *packages: str) -> None:
-    """Print the table below a line on the machine and one on versions; write the figures as JSON if that was asked."""
+    """Print the machine, the versions and the table; with --json, also write the figures."""
     figures = {"machine": machine(), "versions": versions("torch", "numpy", *packages), **figures}
     about = figures["machine"]
     print(f"{about.get('gpu', about['cpu'])}, {about['cores']} cores, {about['memory_gb']} GB, {about['system']}")
@@ -112,41 +112,50 @@ def report(figures: dict[str, Any], lines: Sequence[str], args: argparse.Namespa
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
+def span(run: Path) -> tuple[float, float]:
+    """Times of a run's first step and of its last epoch's end, in seconds since 1970, from its TensorBoard file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run)).Reload()
+    ends, seconds = events.Scalars("val/loss"), events.Scalars("run/seconds")
+    return ends[0].wall_time - seconds[0].value, ends[-1].wall_time
+
+
 # --- contenders
 
 
 def child(script: str, *args: object) -> list[str]:
-    """The command that runs a benchmark's own file as a contender."""
+    """The command that starts a benchmark's own file as a contender."""
     return [sys.executable, str(Path(script).resolve()), *map(str, args)]
 
 
 def ranks(count: int, command: Sequence[str]) -> list[str]:
-    """The same command on so many ranks of this machine, by torchrun."""
+    """The command that starts `count` ranks of `command` on this machine with torchrun."""
     here = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
     return [command[0], "-m", "torch.distributed.run", *here, "--nproc-per-node", str(count), *command[1:]]
 
 
 def environment(threads: int) -> dict[str, str]:
-    """What a contender is started with: fixed threads, the loopback interface, our checkout's packages."""
+    """The environment of a contender: fixed threads, the loopback interface, the packages of this checkout."""
     fixed = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, **fixed, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 class Contender:
-    """A process that waits for orders on its standard input, a line of JSON each, and answers each with one."""
+    """A process that reads orders from standard input and answers each; an order and an answer are a line of JSON."""
 
     def __init__(self, name: str, command: Sequence[str], threads: int) -> None:
         self.name = name
         self.answers: list[Answer] = []
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process runs
         self._process = subprocess.Popen(
             command, env=environment(threads), text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip
 
     def order(self, **what: Any) -> None:
-        """Give it a turn, and do not wait for it."""
+        """Send an order without waiting for the answer."""
         assert self._process.stdin
         try:
             print(json.dumps(what), file=self._process.stdin, flush=True)
@@ -154,7 +163,7 @@ class Contender:
             self._failed()
 
     def answer(self) -> Answer:
-        """Wait for its answer."""
+        """Wait for the answer to an order; exit with the contender's log if the contender has failed."""
         assert self._process.stdout
         for line in self._process.stdout:
             if line.startswith(MARK):
@@ -162,7 +171,7 @@ class Contender:
         return self._failed()
 
     def turn(self, **what: Any) -> Answer:
-        """Give it a turn and wait for the answer."""
+        """Send an order and wait for the answer."""
         self.order(**what)
         return self.answer()
 
@@ -172,7 +181,7 @@ class Contender:
         sys.exit(f"{self.name} ended with {self._process.returncode}:\n{self._log.read()[-3000:]}")
 
     def close(self) -> None:
-        """Let it end; if it does not, end it."""
+        """Close the contender's standard input; if the process does not end, terminate and then kill it."""
         assert self._process.stdin
         assert self._process.stdout
         with suppress(BrokenPipeError):
@@ -180,7 +189,7 @@ class Contender:
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
-            self._process.terminate()  # torchrun passes it on to its ranks
+            self._process.terminate()  # torchrun passes the signal on to its ranks
             try:
                 self._process.wait(20)
             except subprocess.TimeoutExpired:
@@ -189,13 +198,13 @@ class Contender:
         self._log.close()
 
     def figures(self, key: str) -> list[float]:
-        """One number of all its answers."""
+        """The number `key` of every answer so far."""
         return [float(answer[key]) for answer in self.answers]
 
 
 @contextmanager
 def contenders(commands: Mapping[str, tuple[Sequence[str], int]]) -> Iterator[dict[str, Contender]]:
-    """Contenders by name, from (command, threads); each is ready before the next one starts."""
+    """Start contenders from (command, threads) by name; each is ready before the next one starts."""
     with ExitStack() as stack:
         started = {}
         for name, (command, threads) in commands.items():
@@ -206,7 +215,7 @@ def contenders(commands: Mapping[str, tuple[Sequence[str], int]]) -> Iterator[di
 
 
 def alternate(started: Mapping[str, Contender], rounds: int, **order: Any) -> None:
-    """Give each a turn in each round; in every other round in the opposite order."""
+    """Send the order to each contender in each round; every second round goes in reverse."""
     for number in range(rounds):
         turns = list(started.values())
         for contender in turns if number % 2 == 0 else reversed(turns):
@@ -214,16 +223,16 @@ def alternate(started: Mapping[str, Contender], rounds: int, **order: Any) -> No
 
 
 class Turns:
-    """A contender's own side, for one that counts steps: it calls `tick` after each of them.
+    """Used inside a contender that trains: it calls `tick` after each step.
 
-    An order is {"lead": m, "steps": n}: m steps that are not timed, then n that are. Answers have the seconds of
-    those, and the peak memory. `settle` waits until a device has done what it was given.
+    An order is {"lead": m, "steps": n}: m steps are not timed, the n steps after them are. The answer has the seconds
+    of the n steps and the peak memory. `settle` waits until the device has finished its work.
     """
 
     def __init__(self, settle: Callable[[], None] = lambda: None, peak: Callable[[], float] = peak_mb) -> None:
         self._settle, self._peak = settle, peak
         self.over = False
-        """Whether there will be no more orders."""
+        """True after the last order."""
         say({})
         self._wait()
 
@@ -237,7 +246,7 @@ class Turns:
             self._seconds = -1.0
 
     def tick(self) -> bool:
-        """A step is done; waits for the next order if the turn is over. Returns whether to go on."""
+        """Count a step, and wait for the next order if this was the turn's last. Returns whether to go on."""
         if self.over:
             return False
         if self._lead:
@@ -255,12 +264,12 @@ class Turns:
 
 
 def say(answer: Answer) -> None:
-    """A contender's answer to an order; an empty one when it is ready for the first."""
+    """Used inside a contender: send an answer; an empty answer says that the contender is ready."""
     print(MARK + json.dumps(answer), flush=True)
 
 
 def orders() -> Iterator[dict[str, Any]]:
-    """A contender's own side, for one that does something else than counting steps."""
+    """Used inside a contender that does not train: send that it is ready, then yield the orders."""
     say({})
     for line in sys.stdin:
         yield json.loads(line)

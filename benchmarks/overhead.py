@@ -29,7 +29,7 @@ from typing import Any
 
 import job
 import measure
-from trial_gaps import span
+from measure import span
 
 STAGES = {"Ray": "Ray at ", "launch": " epochs on "}  # each ends with a line that has this
 IMPORTS = "import ray, train_distributed, dogvae.data.dataset"

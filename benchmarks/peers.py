@@ -1,9 +1,10 @@
 """Other ways to train the same autoencoder on the same photos, each as its users would write it.
 
-Every loop calls `tick` after each step, and ends when that says so. `photos` are uint8 (n, 3, 64, 64), in memory.
+Every loop calls `tick` after each step, and ends when `tick` returns False. `photos` are uint8 (n, 3, 64, 64), in
+memory.
 
-- notebook: the reference notebook's cells, put together: its network, its loss, its transforms on PIL images, one
-  decoding per posterior sample, Adam. One thing had to go: it scaled images to [-1, 1], and cross-entropy now refuses
+- notebook: the cells of the reference notebook: its network, its loss, its transforms on PIL images, one decoding per
+  posterior sample, Adam. One thing is changed: the notebook scaled images to [-1, 1], and cross-entropy now refuses
   targets outside [0, 1].
 - ddp: a plain script for torchrun: our network with torch's own batch norm, its K samples decoded at once, a DataLoader
   with torchvision's transforms, DistributedDataParallel.
@@ -40,7 +41,7 @@ Tick = Callable[[], bool]
 
 
 class NotebookVAE(nn.Module):
-    """The notebook's network and loss; its first width, 64, is a parameter here."""
+    """The notebook's network and loss; the width of the first layer, 64 there, is a parameter here."""
 
     def __init__(self, latent_dim: int, no_of_sample: int, batch_size: int, width: int = 64) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class NotebookDogs(Dataset[Tensor]):
 
 
 def notebook(photos: np.ndarray, config: Config, workers: int, device: torch.device, tick: Tick) -> None:
-    """The notebook's training loop. (Its KL is divided by 32 whatever the batch; here by the batch that is asked.)"""
+    """The notebook's training loop. It divides the KL by a fixed batch of 32; here by `config.batch_size`."""
     loader = DataLoader(NotebookDogs(photos), config.batch_size, shuffle=True, num_workers=workers)
     model = NotebookVAE(config.model.latent_dim, config.samples, config.batch_size, config.model.width).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
@@ -140,7 +141,7 @@ def notebook(photos: np.ndarray, config: Config, workers: int, device: torch.dev
 
 
 class Network(nn.Module):
-    """Our network with torch's own batch norm, which draws its noise itself; images (b, 3, h, h) to their loss."""
+    """Our network with torch's own batch norm; draws its own noise. Maps images (b, 3, h, h) to their loss."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -151,7 +152,7 @@ class Network(nn.Module):
                     block[i] = nn.BatchNorm2d(layer.num_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Nats per image."""
+        """The negative ELBO in nats per image, of x (b, 3, h, h) in [0, 1]."""
         noise = torch.randn(self.samples, len(x), *self.vae.latent_shape, device=x.device)
         logits, mu, logvar = self.vae(x, noise)
         bce = F.binary_cross_entropy_with_logits(logits.float(), x.expand_as(logits), reduction="sum") / self.samples
@@ -160,7 +161,7 @@ class Network(nn.Module):
 
 
 class Photos(Dataset[Tensor]):
-    """uint8 images in memory; torchvision's transforms of today, on tensors."""
+    """uint8 images in memory, transformed as tensors by torchvision's v2."""
 
     def __init__(self, photos: np.ndarray) -> None:
         self.photos = torch.from_numpy(photos)
@@ -177,14 +178,14 @@ class Photos(Dataset[Tensor]):
 
 
 def loader_of(photos: Dataset[Any], batch_size: int, workers: int, device: torch.device, **how: Any) -> DataLoader[Any]:
-    """A DataLoader as PyTorch's performance guide has it."""
+    """A DataLoader with the settings of PyTorch's performance guide."""
     return DataLoader(
         photos, batch_size, num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda", **how
     )
 
 
 def ddp(photos: np.ndarray, config: Config, workers: int, device: torch.device, tick: Tick) -> None:
-    """A training script for torchrun; `config.batch_size` is the global one."""
+    """A training script for torchrun; `config.batch_size` is the global batch."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dataset = Photos(photos)
     sampler: DistributedSampler[Tensor] = DistributedSampler(dataset, world_size, rank)
@@ -234,7 +235,7 @@ def lightning(photos: np.ndarray, config: Config, workers: int, device: torch.de
 
 
 def pythae(photos: np.ndarray, config: Config, workers: int, device: torch.device, tick: Tick) -> None:
-    """pythae's trainer: a model of one's own is a BaseAE whose forward gives the loss."""
+    """pythae's trainer: a custom model is a BaseAE whose forward returns the loss."""
     from pythae.data.datasets import DatasetOutput
     from pythae.models.base import BaseAE, BaseAEConfig
     from pythae.models.base.base_utils import ModelOutput
@@ -249,7 +250,7 @@ def pythae(photos: np.ndarray, config: Config, workers: int, device: torch.devic
             self.network = network
 
         def set_decoder(self, decoder: nn.Module) -> None:
-            """It wants one of its own kind; ours is called by the network."""
+            """pythae accepts only its own decoders; ours is called by the network."""
 
         def forward(self, inputs: Any, **kwargs: Any) -> Any:
             return ModelOutput(loss=self.network(inputs["data"]))

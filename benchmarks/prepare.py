@@ -2,10 +2,10 @@
 
     python benchmarks/prepare.py PHOTOS [--size 64] [--repeats 5] [--json FILE]
 
-The loop does what every script does, in one process: open, convert to RGB, resize the short side, crop the centre.
-Ours is the whole preparation, files and checksums included, on all cores. Ray is started and its workers are warm
-before the clock runs; what that costs is printed too. Both use the same filter. The difference in pixels says what
-decoding JPEGs at a reduced scale costs: against the exact centre crop at full scale, so that it is nothing else.
+The loop does in one process what most scripts do: open, convert to RGB, resize the short side, crop the centre. Ours is
+the whole preparation on all cores, with its files and checksums. Ray and its workers are warm before the clock starts;
+what their start costs is printed too. Both use the same filter. `dogvae prepare` decodes JPEGs at a reduced scale: the
+printed difference in pixels is that to the exact centre crop, decoded at full scale.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LANCZOS = Image.Resampling.LANCZOS
 
 
 def plain(paths: list[Path], size: int) -> np.ndarray:
-    """The photos as (n, size, size, 3) uint8, the usual way."""
+    """The photos as (n, size, size, 3) uint8, by the loop that most scripts have."""
     images = []
     for path in paths:
         with Image.open(path) as file:
@@ -51,13 +51,13 @@ def main() -> None:
     from dogvae.data.prepare import prepare
 
     parser = measure.parser(__doc__)
-    parser.add_argument("photos", type=Path, help="a folder of photos that can all be read")
+    parser.add_argument("photos", type=Path, help="a folder of photos, all of them readable")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     paths = sorted(path for path in args.photos.rglob("*") if path.is_file())
 
-    os.environ.setdefault("RAY_worker_niceness", "0")  # the loop has normal priority, and so should the workers have
+    os.environ.setdefault("RAY_worker_niceness", "0")  # normal priority, which the loop has too
     started = time.perf_counter()
     connect()
     ray_s = time.perf_counter() - started

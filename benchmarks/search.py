@@ -2,13 +2,14 @@
 
     python benchmarks/search.py [--trials 6] [--epochs 3] [--repeats 2] [--json FILE]
 
-The peer is what Ray's guide shows: a Tuner over a function that runs a TorchTrainer of one worker for each trial and
-passes its reports on by TuneReportCallback. Both train by `dogvae.training.loop.loop`, on the same drawn dogs, the same
-settings, to their last epoch (no scheduler), each trial on one CPU, as many at once as the machine has cores. Ray
-counts a CPU for the function that only waits for its workers; the peer asks for a hundredth of one instead, or two
-cores would never run two trials. Seconds are those of the whole commands, started in turn: imports, Ray's start, and
-ours with the report and the export of the best model. "Beyond training" is what a trial took of a core besides its own
-epochs.
+The peer is the example of Ray's guide: a Tuner over a function that runs a TorchTrainer of one worker for each trial
+and passes its reports on with TuneReportCallback. Both train by `dogvae.training.loop.loop` on the same drawn dogs,
+with the same settings and without a scheduler. A trial has one CPU; as many run at once as the machine has cores. Ray
+reserves a CPU for the function that only waits for its workers. The peer reserves a hundredth of one instead, or two
+cores would never run two trials.
+
+Seconds are those of the whole commands, which take turns: imports, Ray's start, and for ours the report and the export
+of the best model. "Beyond training" is the time that a trial took of a core, without its epochs.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def given(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def nested(args: argparse.Namespace) -> None:
-    """Ray's example with our loop in it."""
+    """Ray's example around our loop."""
     import ray
     import ray.train
     import ray.tune
@@ -87,7 +88,7 @@ def nested(args: argparse.Namespace) -> None:
 
 
 def timed(command: list[str], runs: Path, trials: int) -> dict[str, float]:
-    """Run a search: its seconds, and those that its trials' epochs took."""
+    """Run a search: its seconds, and the seconds that the epochs of its trials took."""
     env = {**measure.environment(1), "RAY_ADDRESS": "local"}
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic against independent truths; and, slowly, that each runs and says what it measured."""
+"""The benchmarks: their arithmetic against counts by hand, and that each runs and reports what it measures."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ import job
 import measure
 import overhead
 import peers
+import playground
 import roofline
 import scaling
-import search
 import step
 from dogvae.config import Config
 from dogvae.data.dataset import Dataset
@@ -32,46 +32,27 @@ from dogvae.network import likelihood as loss
 from dogvae.network.vae import VAE
 from dogvae.storage import Storage
 from dogvae.training.checkpoint import Checkpoints
-
-CONFIGS = [
-    {},
-    {"samples": 3},
-    {"preset": "notebook", "samples": 2},
-    {"width": 16, "latent_dim": 5, "image_size": 32, "norm": "group"},
-    {"width": 8, "latent_dim": 7, "image_size": 128, "samples": 10},
-]
-
+from tests.support.exports import export_of_drawn_dogs
 
 # --- roofline
 
 
-@pytest.mark.parametrize("settings", CONFIGS, ids=str)
-def test_flops_are_those_that_pytorch_counts(settings: dict[str, Any]) -> None:
-    config = Config.make(**{"batch_size": 4, **settings})
-    assert roofline.count(config)["image_gflop"] == pytest.approx(roofline.counted(config), rel=1e-9)
-
-
-def test_flops_by_hand() -> None:
-    """Multiply-adds of the default network, layer by layer, twice for FLOPs; the first has no input gradient."""
+def test_flops_match_a_count_by_hand() -> None:
+    """Multiply-adds of the default network, layer by layer, twice for FLOPs; the first layer has no input gradient."""
     first = 32**2 * 64 * 3 * 16
     encoder = first + 16**2 * 128 * 64 * 16 + 8**2 * 256 * 128 * 16 + 4**2 * 512 * 256 * 16 + 4**2 * 64 * 512 * 9
     decoder = 4**2 * 32 * 512 * 16 + 8**2 * 512 * 256 * 16 + 16**2 * 256 * 128 * 16 + 32**2 * 128 * 64 * 16
     decoder += 64**2 * 64 * 3 * 9
     colours = 64**2 * 9  # forward and for its input; a fixed matrix has no gradient
-    found = roofline.count(Config.make(batch_size=4))
+    found = roofline.count(Config.make(batch_size=4, samples=3))
     assert found["encoder_gflop"] * 1e9 == pytest.approx(6 * encoder - 2 * first)
     assert found["decoder_gflop"] * 1e9 == pytest.approx(6 * decoder + 4 * colours)
     assert found["encoder_gflop"] == pytest.approx(0.645, abs=5e-4)
     assert found["decoder_gflop"] == pytest.approx(2.484, abs=5e-4)
+    assert found["step_gflop"] == pytest.approx(4 * (found["encoder_gflop"] + 3 * found["decoder_gflop"]))
 
 
-def test_weights_are_all_counted() -> None:
-    for settings in CONFIGS:
-        config = Config.make(**settings)
-        assert roofline.count(config)["weights"] == sum(p.numel() for p in VAE(config.model).parameters())
-
-
-def test_bytes_by_hand() -> None:
+def test_bytes_of_a_layer_match_a_count_by_hand() -> None:
     conv, norm, act = torch.nn.Conv2d(3, 8, 4), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
     before, after = torch.Size((1, 3, 16, 16)), torch.Size((1, 8, 8, 8))
     read, written = 3 * 256 * 2, 8 * 64 * 2
@@ -80,9 +61,8 @@ def test_bytes_by_hand() -> None:
     assert roofline.bytes_of(act, after, after, item=4) == 5 * 512 * 4
 
 
-def test_twice_the_batch_is_twice_the_work_but_for_the_weights() -> None:
-    one, two = (roofline.count(Config.make(batch_size=n, precision="fp32")) for n in (4, 8))
-    assert two["step_gflop"] == 2 * one["step_gflop"]
+def test_twice_the_batch_moves_twice_the_bytes_except_for_the_weights() -> None:
+    one, two = (roofline.count(Config.make(batch_size=n, samples=3, precision="fp32")) for n in (4, 8))
     weights = one["weights"] * (3 * 4 + 7 * 4 + 3 * 4) / 1e9
     assert two["step_gb"] - weights == pytest.approx(2 * (one["step_gb"] - weights))
     assert roofline.floors(one, tflops=2.0, gbs=100.0) == {
@@ -90,35 +70,11 @@ def test_twice_the_batch_is_twice_the_work_but_for_the_weights() -> None:
     }  # fmt: skip
 
 
-# --- scaling
-
-
-def test_a_ring_by_hand() -> None:
-    """Four workers, 24 MB, 12.5 GB/s: each sends 1.5 * 24 MB in 2.88 ms; two messages there and two back."""
-    assert scaling.exchange_s(4, 24e6, 12.5e9) == pytest.approx(2.88e-3)
-    assert scaling.exchange_s(4, 24e6, 12.5e9, latency=1e-5) == pytest.approx(2.88e-3 + 4e-5)
-    assert scaling.exchange_s(1, 24e6, 12.5e9, latency=1e-5) == 0
-
-
-def test_an_exchange_hides_behind_the_backward_pass() -> None:
-    same = dict(alone=0.009, nbytes=24e6, bandwidth=12.5e9, latency=0.0, waits=14)
-    assert scaling.step_s(4, **same) == pytest.approx(0.009)  # 2.88 ms behind 6 ms
-    assert scaling.step_s(4, **same, hidden=0.0) == pytest.approx(0.009 + 2.88e-3)
-    assert scaling.step_s(4, **{**same, "alone": 0.003}) == pytest.approx(0.003 + 2.88e-3 - 0.002)
-    # Batch norm waits 14 times for a message to all and back: two levels of a tree of four.
-    assert scaling.step_s(4, **{**same, "latency": 1e-5}) == pytest.approx(0.009 + 14 * 4e-5)
-
-
-def test_every_batch_norm_is_waited_for_twice() -> None:
-    assert scaling.norm_waits(Config.make(width=4)) == 2 * (3 + 4)
-    assert scaling.norm_waits(Config.make(width=4, norm="group")) == 0
-
-
 # --- the peers
 
 
-def test_the_notebooks_loss_is_that_of_its_preset() -> None:
-    """From the same weights and the same latents: its probabilities and means, our logits and sums."""
+def test_notebook_peer_has_the_loss_of_preset_notebook() -> None:
+    """With the same weights and latents. The peer computes with probabilities and means, we with logits and sums."""
     torch.manual_seed(0)
     n, samples = 4, 3
     config = Config.make(preset="notebook", width=8, latent_dim=5, samples=samples, batch_size=n)
@@ -129,18 +85,14 @@ def test_the_notebooks_loss_is_that_of_its_preset() -> None:
         getattr(theirs, name).load_state_dict(dict(zip(theirs_state, weights, strict=True)))
     x, noise = torch.rand(n, 3, 64, 64), torch.randn(samples, n, 5, 4, 4)
     theirs.reparameterize = lambda mu, logvar: [e * torch.exp(0.5 * logvar) + mu for e in noise]  # type: ignore[method-assign]
-    value = theirs.loss_function(*_reordered(theirs(x), x))
+    recon, mu, logvar = theirs(x)
+    value = theirs.loss_function(recon, x, mu, logvar)
     logits, mu, logvar = ours(x, noise)
     nats = loss.reconstruction("bernoulli", logits, x).sum() + loss.kl(mu, logvar).sum()
     torch.testing.assert_close(value, nats / (n * 3 * 64 * 64))
 
 
-def _reordered(out: tuple[Any, ...], x: torch.Tensor) -> tuple[Any, ...]:
-    recon, mu, logvar = out
-    return recon, x, mu, logvar
-
-
-def test_the_plain_network_has_our_loss() -> None:
+def test_ddp_peer_has_our_loss() -> None:
     torch.manual_seed(0)
     config = Config.make(width=4, latent_dim=3, samples=2, batch_size=4)
     network, x = peers.Network(config), torch.rand(4, 3, 64, 64)
@@ -155,8 +107,8 @@ def test_the_plain_network_has_our_loss() -> None:
 
 
 @pytest.mark.parametrize("kind", [peers.NotebookDogs, peers.Photos])
-def test_the_peers_augment_as_we_do(kind: Any) -> None:
-    """Half are mirrored, a third turned; an image that is neither keeps its pixels; [0, 1], channels first."""
+def test_peers_augment_as_often_as_we_do(kind: Any) -> None:
+    """Half of the images are mirrored, 30% are rotated; others keep their pixels, as (3, h, w) in [0, 1]."""
     photo = np.random.default_rng(0).integers(0, 256, (3, 64, 64), np.uint8)
     torch.manual_seed(0)
     dogs = kind(np.stack([photo] * 400))
@@ -169,17 +121,16 @@ def test_the_peers_augment_as_we_do(kind: Any) -> None:
     assert abs(mirrored - 140) < 40
 
 
-# --- what they stand on
+# --- measuring
 
 
-def test_ratios_are_taken_round_by_round() -> None:
-    """A machine that slows down by half in the second round changes neither's ratio."""
+def test_ratio_ignores_a_round_in_which_the_machine_was_slow() -> None:
     assert measure.ratio([10, 5, 10], [5, 2.5, 4]) == {"median": 2, "low": 2, "high": 2.5, "n": 3}
     assert measure.shown({"median": 2, "low": 1.5, "high": 2.25, "n": 3}, ".2f") == "2.00 (1.50-2.25)"
 
 
-def test_the_peak_is_this_processs_own() -> None:
-    """Of a process that is small, was started by this large one, and for a moment had 64 MB more."""
+def test_peak_memory_excludes_the_parent_process() -> None:
+    """A small process, started by this large one, allocates 64 MB for a moment."""
     script = f"import sys; sys.path.insert(0, {str(measure.ROOT / 'benchmarks')!r}); import measure\n"
     script += "before = measure.peak_mb(); len(bytearray(2**26)); print(before, measure.peak_mb())"
     before, after = map(float, subprocess.check_output([sys.executable, "-c", script], text=True).split())
@@ -199,25 +150,25 @@ for seconds in [0.3, 0.1, 0.1, 0.3, 0.1]:
 """
 
 
-def test_a_turn_times_its_steps_and_not_what_leads_to_them(tmp_path: Path) -> None:
+def test_a_turn_times_its_steps_and_not_the_lead(tmp_path: Path) -> None:
     script = tmp_path / "echo.py"
     script.write_text(ECHO.format(path=str(measure.ROOT / "benchmarks")))
     with measure.contenders({"a": (measure.child(str(script)), 1)}) as started:
         measure.alternate(started, 1, lead=1, steps=2)
         measure.alternate(started, 1, lead=1, steps=1)
     first, second = started["a"].figures("seconds")
-    assert 0.2 <= first < 0.45  # and not the 0.3 s before
+    assert 0.2 <= first < 0.45  # without the 0.3 s of the lead
     assert 0.1 <= second < 0.35
 
 
-def test_a_contender_that_fails_is_told_with_its_error(tmp_path: Path) -> None:
+def test_a_failed_contender_ends_the_benchmark_with_its_log(tmp_path: Path) -> None:
     script = tmp_path / "bad.py"
     script.write_text("raise ValueError('no such dog')")
     with pytest.raises(SystemExit, match="no such dog"), measure.contenders({"a": (measure.child(str(script)), 1)}):
         pass
 
 
-def test_sparse_datasets_open_and_take_no_room(tmp_path: Path) -> None:
+def test_a_sparse_dataset_opens_and_takes_no_room(tmp_path: Path) -> None:
     folder = data.sparse(tmp_path / "sparse", 10**6)
     split = Dataset(folder).train
     assert len(split) == 10**6
@@ -226,7 +177,7 @@ def test_sparse_datasets_open_and_take_no_room(tmp_path: Path) -> None:
     assert sum(file.stat().st_blocks for file in folder.iterdir()) * 512 < 5 * 2**20
 
 
-def test_photos_and_their_config(tmp_path: Path) -> None:
+def test_written_photos_open_as_a_verified_dataset(tmp_path: Path) -> None:
     folder = job.write_photos(tmp_path / "data", 12, val=4)
     opened = Dataset(folder)
     opened.verify()
@@ -236,13 +187,7 @@ def test_photos_and_their_config(tmp_path: Path) -> None:
     assert (config.samples, config.batch_size, config.model.width, config.model.architecture) == (2, 6, 8, "notebook")
 
 
-def test_both_searches_have_the_same_trials() -> None:
-    settings = search.given(argparse.Namespace(trials=3))
-    assert [set(s) for s in settings] == [{"latent_dim", "lr", "samples"}] * 3
-    assert settings == search.given(argparse.Namespace(trials=5))[:3]
-
-
-# --- each of them, within this process where it needs no other
+# --- the benchmarks, each within this process where possible
 
 
 def answers(
@@ -252,7 +197,7 @@ def answers(
     turns: int,
     **args: Any,
 ) -> list[dict[str, Any]]:
-    """What a contender says in so many turns of one step and two timed ones, after it was ready."""
+    """A contender's answers: that it is ready, then one for each turn of one step and two timed ones."""
     orders = json.dumps({"lead": 1, "steps": 2}) + "\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(turns * orders))
     contend(argparse.Namespace(**{"threads": 1, "batch_size": 4, "samples": 2, "width": 4, "device": "cpu", **args}))
@@ -266,7 +211,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["ours", "ours, notebook", "notebook"])
-def test_step_contenders(
+def test_contenders_of_step_answer_each_turn(
     name: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"contender": name, "data": photos, "folder": tmp_path / "run", "loader_workers": 0}
@@ -275,50 +220,57 @@ def test_step_contenders(
     assert ready == {}
     assert len(turns) == 2
     assert all(turn["seconds"] > 0 and turn["peak_mb"] > 50 for turn in turns)
-    if name != "notebook":  # the loop was ended as Ctrl-C would: after the six steps that were asked for
+    if name != "notebook":  # the loop saved and stopped after the six steps that were ordered
         saved = Checkpoints(Storage(tmp_path / "run")).latest()
         assert saved is not None
         assert saved.meta["step"] == 6
 
 
 @pytest.mark.parametrize("contend", [data.ours, data.loader])
-def test_data_contenders(
+def test_contenders_of_data_answer_across_epochs(
     contend: Any, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, *turns = answers(contend, monkeypatch, capsys, turns=7, data=photos, loader_workers=0)
-    assert [turn["seconds"] > 0 for turn in turns] == 7 * [True]  # beyond an epoch of 16 batches
+    assert [turn["seconds"] > 0 for turn in turns] == 7 * [True]  # more than an epoch of 16 batches
 
 
-def test_memory_of_two_million_images(tmp_path: Path) -> None:
+def test_memory_of_two_million_images_is_that_of_their_order(tmp_path: Path) -> None:
     n = 2 * 10**6
     args = argparse.Namespace(threads=1, batch_size=8, width=4)
-    # In processes of their own: in this one, memory that was freed before hides what they take.
+    # In separate processes: here, memory that was freed before would hide what they take.
     ours = data.once("our_memory", args, data.sparse(tmp_path / "a", n))
     assert 15 < ours["own_mb"] < 40  # the order of two million images is 16 MB
     loader = data.once("loader_memory", args, data.sparse(tmp_path / "b", n, shard=n))
-    assert 16 < loader["own_mb"] < 200  # a list of two million numbers
+    assert 16 < loader["own_mb"] < 200  # the order as a list of two million numbers
 
 
-def test_data_wait(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_wait_is_a_share_of_each_epoch(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (answer,) = answers(data.waiting, monkeypatch, capsys, 0, data=photos, batch_size=32)
     assert [0 <= share < 1 for share in answer["data_wait"]] == 2 * [True]
 
 
-def test_a_row_of_scaling_by_hand() -> None:
+def test_a_row_of_scaling_matches_a_count_by_hand() -> None:
     """One worker needs 100 ms, two 60 ms, of which 12 ms are the exchange, and two unconnected ones 50 ms."""
-    fixed = {"sum_s": 0.012, "latency_s": 0.0, "alone_s": 0.048, "step_s": 0.060}
     one = {
-        "strong 1": [{"step_s": 0.1}], "strong 2": [fixed],
+        "strong 1": [{"step_s": 0.1}], "strong 2": [{"step_s": 0.060, "alone_s": 0.048}],
         "unconnected strong 2": [{"step_s": 0.05}, {"step_s": 0.04}],
     }  # fmt: skip
-    args = argparse.Namespace(workers=[1, 2], batch_size=16, gradient_bytes=24e6, waits=14)
-    row = scaling.row("strong", 2, 16, [one, one], args)
+    row = scaling.row("strong", 2, [one, one], argparse.Namespace(workers=[1, 2], batch_size=16))
     assert row["images_per_s"]["median"] == pytest.approx(16 / 0.06)
     assert row["efficiency"]["median"] == pytest.approx(0.1 / (2 * 0.06))
-    assert row["exchange_share"]["median"] == pytest.approx(0.2)
+    assert row["exchange"]["median"] == pytest.approx(0.2)
     assert row["unconnected"]["median"] == pytest.approx(0.05 / 0.06)
-    assert row["gb_per_s"] == pytest.approx(2)  # 24 MB in 12 ms: a ring of two sends all of them once
-    assert row["predicted_s"] == pytest.approx([0.050, 0.062])
+
+
+def test_playground_reports_the_wait_of_a_slider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, export = export_of_drawn_dogs(tmp_path)
+    monkeypatch.setattr(playground, "REPEATS", 1)
+    found = main_of(playground, tmp_path, monkeypatch, export, "--seconds", 0.3)
+    assert found["slider_ms"]["count"] > 0
+    assert 0 < found["slider_ms"]["median"] <= found["slider_ms"]["p99"]
+    assert found["first_sample_s"] > 0
 
 
 def test_stages_add_up_to_the_first_step() -> None:
@@ -327,7 +279,7 @@ def test_stages_add_up_to_the_first_step() -> None:
 
 
 def main_of(module: Any, where: Path, monkeypatch: pytest.MonkeyPatch, *args: object) -> dict[str, Any]:
-    """The figures that a benchmark writes; its table must name the machine."""
+    """The figures that a benchmark writes to --json; its table must name the machine."""
     out = where / "out.json"
     monkeypatch.setattr(sys, "argv", [module.__name__, "--json", str(out), *map(str, args)])
     with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -338,7 +290,7 @@ def main_of(module: Any, where: Path, monkeypatch: pytest.MonkeyPatch, *args: ob
     return figures
 
 
-def test_roofline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roofline_reports_the_share_of_the_larger_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = ("--peak-tflops", 1, "--peak-gbs", 10)
     tiny = ("--width", 4, "--batch-size", 2, "--repeats", 1, "--threads", 1)
     found = main_of(roofline, tmp_path, monkeypatch, *tiny, *peaks)
@@ -350,29 +302,28 @@ TINY = ("--width", 4, "--batch-size", 4, "--steps", 2, "--repeats", 2)
 
 
 @pytest.mark.slow
-def test_step_with_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_runs_the_ddp_peer_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = (*TINY, "--samples", 2, "--loader-workers", 0)
     found = main_of(step, tmp_path, monkeypatch, *tiny, "--only", "ddp, 2 workers")["contenders"]["2"]
     assert found["ddp, 2 workers"]["images_per_s"]["n"] == 2
 
 
 @pytest.mark.slow
-def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_compares_two_workers_with_unconnected_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = main_of(scaling, tmp_path, monkeypatch, *TINY, "--kinds", "strong", "--workers", 2)
     (strong,) = found["rows"]
     assert (strong["kind"], strong["workers"], strong["batch"]) == ("strong", 2, 4)
     assert strong["efficiency"]["median"] == pytest.approx(1)  # there is no smaller group to compare with
     assert strong["unconnected"]["median"] > 0
-    assert strong["sum_s"]["median"] > 0
-    assert [row["gpus"] for row in found["paper"]] == [8, 16, 64, 256, 1024] * 2
+    assert strong["exchange"]["median"] < 1
 
 
 @pytest.mark.slow
-def test_gpu_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every part but the peers, who are started as `step` does."""
+def test_gpu_benchmark_passes_its_checks_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part except the peers, which `step` tests."""
     parts = ("sweep", "variants", "curves", "training")
     found = main_of(gpu, tmp_path, monkeypatch, "--device", "cpu", "--quick", "--only", *parts)
     assert all(check["ok"] for check in found["checks"])
-    assert len(found["checks"]) == 5
+    assert len(found["checks"]) == 4
     assert "compiled" in found["variants"]["K1-batch4"]
     assert found["training"]["epochs"] == 2

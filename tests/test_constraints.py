@@ -1,4 +1,4 @@
-"""constraints.txt: whoever installs with it gets the versions that were tested, of everything that is installed."""
+"""constraints.txt pins the tested version of everything that an installation brings."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def requirements() -> list[Requirement]:
-    """What a machine of a cluster gets: the dependencies, what builds, boto3 for a head that asks AWS for workers."""
+    """What a cluster's machine installs: dependencies, build tools, boto3 for a head that asks AWS for workers."""
     lines = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"], "boto3"]
     extras = PROJECT["project"]["optional-dependencies"]
     return [Requirement(line) for line in lines + [x for name in extras if name != "dev" for x in extras[name]]]
 
 
-def test_every_line_is_one_version_of_one_package() -> None:
-    """No ranges, places or local versions, none twice; the first line says how the file is made."""
+def test_every_line_pins_one_version_of_one_package() -> None:
+    """No ranges, URLs, local versions or duplicates; the first line is the command that makes the file."""
     assert LINES[0].startswith("# uv pip freeze")
     assert [line for line in LINES[1:] if not re.fullmatch(r"[A-Za-z0-9._-]+==\d[A-Za-z0-9.]*", line)] == []
     assert len(PINS) == len(LINES) - 1
@@ -34,7 +34,7 @@ def test_every_line_is_one_version_of_one_package() -> None:
 
 
 def test_everything_that_is_installed_is_pinned_within_its_bounds() -> None:
-    """Also what our dependencies depend on, as far as their versions here are the pinned ones."""
+    """Dependencies of dependencies are followed as far as the pinned versions are installed here."""
     assert len(requirements()) > 15
     waiting, seen = [(r, "") for r in requirements()], set()
     while waiting:
@@ -50,7 +50,7 @@ def test_everything_that_is_installed_is_pinned_within_its_bounds() -> None:
                 waiting += [(Requirement(line), wanted) for line in distribution(name).requires or []]
 
 
-def test_no_ray_is_installed_on_which_nothing_ran() -> None:
+def test_the_next_release_of_ray_is_excluded_until_tests_ran_on_it() -> None:
     (ray,) = (Requirement(line) for line in PROJECT["project"]["dependencies"] if line.startswith("ray["))
     assert PINS["ray"] in ray.specifier
     major, minor, *_ = Version(PINS["ray"]).release

@@ -1,4 +1,4 @@
-"""The commands of the README, run as they are written, one after another, in a copy of the repository."""
+"""The documentation: its commands run as written, its lists of files and names are true, its sentences are short."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dogvae.data.drawn import draw
+from tests.support.runs import make_dataset
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
-COMMANDS = [line for line in COMMANDS if not line.startswith("ray ")]  # run in tests/cluster, on hosts
+COMMANDS = [line for line in COMMANDS if not line.startswith("ray ")]  # tests/hosts runs those
 SET_UP = r"python -m venv \.venv && \. \.venv/bin/activate && pip install -e \S+ && "
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+LONGEST = 30  # words of a sentence
+PLAIN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PLAIN += tuple(f"docs/{name}.md" for name in ("architecture", "cluster", "decisions", "speed"))
+
+
+# --- the commands
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository's files, and some photos to stand in for the reader's."""
+    """A copy of the repository, with a folder of photos."""
     folder = tmp_path_factory.mktemp("readme") / "dogvae"
     ignored = shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
     shutil.copytree(ROOT, folder, ignore=ignored)
@@ -34,13 +43,24 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shell(command: str, checkout: Path, timeout: float = 400) -> subprocess.CompletedProcess[str]:
-    """In a shell whose `python` is this one, with the packages that the set-up would install."""
+def shell(command: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a shell whose `python` is this one, with the packages that the set-up would install."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "RAY_ADDRESS": "local", "PYTHONPATH": str(checkout)}
-    return subprocess.run(
-        ["bash", "-c", command], cwd=checkout, env=env, timeout=timeout, capture_output=True, text=True
-    )
+    env = {**os.environ, "PATH": path, "RAY_ADDRESS": "local", "PYTHONPATH": str(folder), **env}
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=env, timeout=400, capture_output=True, text=True)
+
+
+def succeed(command: str, folder: Path) -> str:
+    """Run a command that must succeed; what it printed."""
+    done = shell(command, folder)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def one(part: str) -> str:
+    """The one command of the README that has this part."""
+    (command,) = [command for command in COMMANDS if part in command]
+    return command
 
 
 @pytest.mark.slow
@@ -48,92 +68,136 @@ def test_first_command_trains_on_drawn_dogs_in_minutes(checkout: Path) -> None:
     command = re.sub(f"^{SET_UP}", "", COMMANDS[0])
     assert command == "python train_distributed.py"
     started = time.monotonic()
-    done = shell(command, checkout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - started < 300  # "in two or three minutes on two cores", if nothing else runs on them
+    told = succeed(command, checkout)
+    assert time.monotonic() - started < 300  # "two or three minutes on two cores", if nothing else runs on them
     (export,) = (checkout / "runs").glob("portraits-*/export")
     assert (export / "preview.png").exists()
-    assert str(export) in done.stdout
-    assert "epoch 8/8" in done.stdout + done.stderr
+    assert str(export) in told
+    assert "epoch 8/8" in told
 
 
 @pytest.mark.slow
-def test_commands_for_your_own_dogs(checkout: Path) -> None:
+def test_commands_for_your_own_dogs_make_their_pictures(checkout: Path) -> None:
     commands = COMMANDS[2:7]
-    assert [c.split()[:2] for c in commands] == [
-        ["dogvae", "prepare"],
-        ["python", "train_distributed.py"],
-        ["dogvae", "sample"],
-        ["dogvae", "reconstruct"],
-        ["dogvae", "interpolate"],
-    ]
-    for command in commands:
-        done = shell(command, checkout)
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    for picture in ("samples.png", "reconstructions.png", "walk.gif"):
+    assert [command.split()[1] for command in commands] == [
+        "prepare", "train_distributed.py", "sample", "reconstruct", "interpolate"
+    ]  # fmt: skip
+    for command in [*commands, one("dogvae directions"), one("dogvae neighbours")]:
+        succeed(command, checkout)
+    for picture in ("samples.png", "reconstructions.png", "walk.gif", "directions.png", "neighbours.png"):
         assert (checkout / picture).stat().st_size > 1000
-    playing = [c for c in COMMANDS if re.match("dogvae (directions|neighbours|evaluate)", c)]
-    assert len(playing) == 3
-    for command in playing:
-        done = shell(command, checkout)
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    assert "negative ELBO" in done.stdout
-    for picture in ("directions.png", "neighbours.png"):
-        assert (checkout / picture).stat().st_size > 1000
-    python = re.search(r"```python\n(.*?)```", README, re.S)
-    assert python
-    check = "; assert dogs.shape == (64, 64, 64, 3) and walk.shape == (32, 64, 64, 3); print(latents.shape)"
-    (checkout / "played.py").write_text(python[1] + check.removeprefix("; "))
+    assert "negative ELBO" in succeed(one("dogvae evaluate"), checkout)
+    (python,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    check = "assert dogs.shape == (64, 64, 64, 3) and walk.shape == (32, 64, 64, 3); print(latents.shape)"
+    (checkout / "played.py").write_text(python + check)
     done = shell("python played.py", checkout)
     assert done.stdout == "(1, 16, 4, 4)\n", done.stderr
-    resumed = next(c for c in COMMANDS if c.endswith("--resume"))
-    done = shell(resumed, checkout)
-    assert "has finished its" in done.stdout, done.stderr
+    assert "has finished its" in succeed(one("--resume"), checkout)
 
 
 @pytest.mark.slow
-def test_commands_of_the_search(checkout: Path) -> None:
-    """With fewer trials and epochs than a reader has patience for."""
+def test_commands_of_the_search_export_the_best_trial(checkout: Path) -> None:
+    """With fewer trials and epochs, to save time."""
     if not (checkout / "dataset").exists():
-        shell("dogvae prepare photos dataset --val-fraction 0.1", checkout)
-    search, report = (next(c for c in COMMANDS if f"-m tune {name}" in c) for name in ("search", "report"))
-    for command in (f"{search} --trials 2 --epochs 2", report):
-        done = shell(command, checkout)
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    assert "best of 2 is trial" in done.stdout
+        succeed("dogvae prepare photos dataset --val-fraction 0.1", checkout)
+    told = succeed(f"{one('-m tune search')} --trials 2 --epochs 2", checkout)
+    told += succeed(one("-m tune report"), checkout)
+    assert "best of 2 is trial" in told
     assert (checkout / "runs/best/report.png").stat().st_size > 10_000
     assert (checkout / "runs/best/export/config.json").exists()
-    longer = next(c for c in COMMANDS if "--from-search" in c)
-    done = shell(f"{longer} --dry-run", checkout)
-    assert '"epochs": 200' in done.stdout, done.stderr
+    assert '"epochs": 200' in succeed(f"{one('--from-search')} --dry-run", checkout)
 
 
-def test_gpus_that_are_not_there(checkout: Path) -> None:
-    """The command for four GPUs gets as far as it can: without them it says what there is instead."""
-    shell("dogvae prepare photos dataset --val-fraction 0.1", checkout)
-    command = next(c for c in COMMANDS if "--gpus 4" in c)
-    done = shell(command, checkout)
-    assert done.returncode == 0 or "--gpus 4: the cluster has" in done.stderr
+def test_missing_gpus_are_an_error_that_counts_what_there_is(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "train_distributed.py", tmp_path)
+    make_dataset(tmp_path / "dataset")
+    done = shell(one("--gpus 4"), tmp_path, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert "--gpus 4: the cluster has" in done.stderr
 
 
-def test_tensorboard_starts(checkout: Path) -> None:
-    command = next(c for c in COMMANDS if c.startswith("tensorboard"))
-    (checkout / "runs").mkdir(exist_ok=True)
+def test_tensorboard_serves_the_runs(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
     script = Path(sys.executable).with_name("tensorboard")
     process = subprocess.Popen(
-        [script, *command.split()[1:], "--port", "0"], cwd=checkout, stderr=subprocess.PIPE, text=True
+        [script, *one("tensorboard").split()[1:], "--port", "0"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
     try:
         assert process.stderr
         assert any("http://localhost" in line for line in process.stderr)
     finally:
-        process.terminate()  # Ctrl-C is ignored by what a shell started in the background
+        process.terminate()
         process.wait(20)
 
 
-def test_every_command_is_covered() -> None:
+def test_every_command_of_the_readme_is_run_by_a_test() -> None:
     playing = "sample|reconstruct|interpolate|playground|directions|neighbours|evaluate"
     known = rf"pip install|dogvae (prepare|{playing})|train_distributed\.py|tensorboard|-m tune"
     assert all(re.search(known, command) for command in COMMANDS)
     assert COMMANDS[1].endswith("pip install -e '.[dev]' && pytest")
     assert len(COMMANDS) == 18
+
+
+# --- the lists
+
+
+def test_list_of_files_in_the_readme_is_complete() -> None:
+    (block,) = re.findall(r"```\n(train_distributed\.py.*?)```", README, re.S)
+    folder, files, folders = "", set(), set()
+    for line in block.splitlines():
+        name = line.split()[0]
+        if name.endswith("/"):
+            folder = name
+            folders.add(name)
+        else:
+            files.add(folder + name if line.startswith(" ") else name)
+    modules = {path.relative_to(ROOT).as_posix() for wing in ("dogvae", "tune") for path in (ROOT / wing).rglob("*.py")}
+    assert {file for file in files if "/" in file} == {name for name in modules if not name.endswith("__init__.py")}
+    assert [name for name in files | folders if not (ROOT / name).exists()] == []
+
+
+def test_walks_of_the_architecture_name_what_exists() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    stops = re.findall(r"^\| `([\w/]+\.py)` \| (`[^|]+) \|", text, re.M)
+    assert len(stops) == 20
+    for file, names in stops:
+        source = (ROOT / file).read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(class|def) {name}\b", source, re.M), f"{file}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        to = (ROOT / page).parent / file if file else ROOT / page
+        assert to.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)", to.read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], target
+
+
+# --- the sentences
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of a page, without code blocks, tables, headings and pictures. Inline code counts as one word."""
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    lines = [line for line in text.splitlines() if not line.startswith(("    ", "|", "#", "!"))]
+    for block in re.split(r"\n\s*\n|\n\s*(?:-|\d+\.) ", "\n".join(lines)):
+        plain = re.sub(r"^\s*(?:-|\d+\.) ", "", re.sub(r"`[^`]*`", "code", block))
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", plain)
+        yield from (" ".join(sentence.split()) for sentence in re.split(r"(?<=[.!?])[)*]*\s+", plain))
+
+
+def test_sentences_are_split_as_a_reader_would() -> None:
+    page = "# A title\n\nOne `a b c` two.  Three\nfour ([five](six.md)).\n\n- seven\n- eight?\n\n```\ncode\n```\n"
+    assert [s for s in sentences(page) if s] == ["One code two.", "Three four (five).", "seven", "eight?"]
+
+
+@pytest.mark.parametrize("page", PLAIN)
+def test_no_sentence_is_longer_than_thirty_words(page: str) -> None:
+    long = [sentence for sentence in sentences((ROOT / page).read_text()) if len(sentence.split()) > LONGEST]
+    assert long == []

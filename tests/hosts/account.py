@@ -1,4 +1,4 @@
-"""docs/aws-account.yaml made into a stack, and its outputs put into cluster.yaml."""
+"""Makes docs/aws-account.yaml into a stack, and puts its outputs into cluster.yaml."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME, REGION, HOME = "dogvae", "us-west-2", "203.0.113.7/32"
 
 
 class Loader(yaml.SafeLoader):
-    """Takes `!Ref x` as text: for looking at the template itself."""
+    """Reads `!Ref x` as text, for tests of the template itself."""
 
 
 Loader.add_multi_constructor("!", lambda loader, tag, node: f"{tag} {node.value}")
@@ -30,7 +30,7 @@ PARAMETERS = yaml.load(TEMPLATE, Loader)["Parameters"]
 
 
 def make_stack(cloudformation: Any) -> dict[str, str]:
-    """The outputs of the stack, made by that client in moto, which has no deep learning images."""
+    """Make the stack with a client of moto, which has no deep learning images; returns the outputs."""
     cloudformation.create_stack(
         StackName=NAME,
         TemplateBody=TEMPLATE.replace(PARAMETERS["Image"]["Default"], KNOWN_TO_MOTO),
@@ -42,5 +42,5 @@ def make_stack(cloudformation: Any) -> dict[str, str]:
 
 
 def filled_in(outputs: dict[str, str]) -> dict[str, str]:
-    """What a person changes in cluster.yaml: a placeholder for each output."""
+    """The changes that a person makes to cluster.yaml: each placeholder, and the output that replaces it."""
     return {placeholder: outputs[output] for output, placeholder in PLACEHOLDERS.items()}

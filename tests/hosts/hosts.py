@@ -1,9 +1,9 @@
-"""Several hosts on one machine, for what needs a cluster: each boots from a private copy of this machine's disk.
+"""Several hosts on one machine, for tests of a cluster: each boots from a private copy of this machine's disk.
 
-A host is a set of Linux namespaces (network, mounts, name, processes, shared memory) with an address of its own on a
-bridge, a /tmp and a home of its own, and sshd as its first process. What it writes is seen by no other host and not by
-this machine, but for /mnt/share, which all hosts have. Needs root, iproute2, openssh-server and rsync; nothing leaves
-the bridge. This machine plays the laptop from which the cluster is started.
+A host is a set of Linux namespaces (network, mounts, name, processes, shared memory). It has an address on a bridge, a
+private /tmp and home, and sshd as its first process. Neither other hosts nor this machine see what it writes, except in
+/mnt/share, which all hosts share. Needs root, iproute2, openssh-server and rsync; no packet leaves the bridge. This
+machine plays the laptop from which the cluster is started.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ LAPTOP = f"{SUBNET}.1"
 USER, HOME = "ubuntu", "/home/ubuntu"
 VENV = Path(sys.prefix)
 SHARE = "/mnt/share"
-# What a machine image brings along: an environment that the set-up finds in place, and no way to fetch another one.
+# As with a machine image, the set-up finds an environment in place; it cannot download another one.
 PROFILE = f"export PATH={VENV}/bin:$PATH UV_OFFLINE=1 OMP_NUM_THREADS=1\n"
 
-# The first process of a host: its disk is this machine's, written to a layer of its own.
+# The first process of a host. Its disk is an overlay over this machine's, with a private upper layer.
 INIT = """
 set -e
 hostname {name}
@@ -78,11 +78,11 @@ Subsystem sftp internal-sftp
 
 
 def missing() -> str:
-    """What this machine lacks for hosts; an empty string if nothing."""
+    """What this machine lacks for hosts; an empty string if it lacks nothing."""
     if os.geteuid():
         return "root"
     lacking = [name for name in ("ip", "rsync", "unshare", "ssh", "sshd", "uv", "curl") if not _find(name)]
-    # A host installs these without a network: they must be there.
+    # A host installs these without a network, so they must be installed here.
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line[:60])
     have = {d.name.lower().replace("_", "-"): d.version.partition("+")[0] for d in distributions()}
     lacking += [f"{name}=={pin}" for name, pin in pins.items() if have.get(name, pin) != pin]
@@ -91,7 +91,7 @@ def missing() -> str:
 
 @contextmanager
 def workplace() -> Iterator[Path]:
-    """A folder for `Hosts`; skips the test where there can be none."""
+    """A folder for `Hosts`; skips the test on a machine that cannot have hosts."""
     if lacking := missing():
         pytest.skip(f"hosts need {lacking}")
     with tempfile.TemporaryDirectory(prefix="dogvae-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
@@ -103,12 +103,12 @@ def _find(name: str) -> str | None:
 
 
 def ip(*args: str, check: bool = True) -> str:
-    """Run iproute2's command; its output."""
+    """The output of iproute2's `ip` with these arguments."""
     return subprocess.run(["ip", *args], check=check, capture_output=True, text=True).stdout
 
 
 class Host:
-    """A host: its `name`, its `address`, and its power switch and cable."""
+    """A host with a `name` and an `address`, which can be switched off and disconnected."""
 
     def __init__(self, hosts: Hosts, name: str, number: int) -> None:
         self._hosts, self.name, self.address = hosts, name, f"{SUBNET}.{10 + number}"
@@ -116,24 +116,24 @@ class Host:
         self._process: subprocess.Popen[bytes] | None = None
 
     def plug_in(self) -> None:
-        """Give it a network card with a cable to the bridge."""
+        """Add a network card with a cable to the bridge."""
         ip("netns", "add", self._net)
         ip("link", "add", self._cable, "type", "veth", "peer", "name", "eth0", "netns", self._net)
         ip("link", "set", self._cable, "master", BRIDGE, "up")
         ip("-n", self._net, "addr", "add", f"{self.address}/24", "dev", "eth0")
         for device in ("eth0", "lo"):
             ip("-n", self._net, "link", "set", device, "up")
-        ip("-n", self._net, "route", "add", "default", "via", LAPTOP)  # else Ray takes 127.0.0.1 for its address
+        ip("-n", self._net, "route", "add", "default", "via", LAPTOP)  # without it Ray takes 127.0.0.1 as its address
 
     def readdress(self, inside: str, outside: str) -> None:
-        """Give it the addresses of a machine in a cloud: one among the others (a /16), and one for this machine."""
+        """Add the addresses of a machine in a cloud: one inside a /16 of all hosts, and one that this machine uses."""
         ip("-n", self._net, "addr", "add", f"{inside}/16", "dev", "eth0")
         ip("-n", self._net, "route", "replace", "default", "via", LAPTOP, "src", inside)
         ip("-n", self._net, "addr", "add", f"{outside}/32", "dev", "eth0")
         ip("route", "replace", f"{outside}/32", "via", self.address)
 
     def power_on(self) -> None:
-        """Boot, and wait for sshd."""
+        """Boot, and wait until sshd answers."""
         base = self._hosts.base
         script = INIT.format(
             name=self.name, place=base / self.name, base=base, shared=self._hosts.share, share=SHARE, user=USER,
@@ -155,7 +155,7 @@ class Host:
         raise AssertionError(f"{self.name} does not answer: {(base / f'{self.name}.log').read_text()}")
 
     def power_off(self) -> None:
-        """All that runs there ends at once; what was written to its disk is lost."""
+        """Kill all processes of the host; its disk is lost."""
         if self._process:
             for pid in ip("netns", "pids", self._net, check=False).split():
                 with suppress(ProcessLookupError):
@@ -163,34 +163,34 @@ class Host:
             self._process.wait()
 
     def cut(self) -> None:
-        """Pull the cable: silence, and no connection is closed."""
+        """Unplug the cable: packets are lost, and no connection is closed."""
         ip("link", "set", self._cable, "down")
 
     def inside(self, *command: str) -> list[str]:
-        """A command that has its network, and else runs on this machine."""
+        """A command that runs on this machine, but in the network of the host."""
         return ["ip", "netns", "exec", self._net, *command]
 
     def ssh(self, command: str, timeout: float = 300) -> str:
-        """The output of a command typed at its prompt; AssertionError if it fails."""
+        """The output of a command typed at the host's prompt; AssertionError if the command fails."""
         done = subprocess.run(self.ssh_command(command), capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, f"{self.name}: {command}\n{done.stdout}{done.stderr}"
         return done.stdout
 
     def ssh_command(self, command: str) -> list[str]:
-        """What to start for a command at its prompt."""
+        """The ssh command that types a command at the host's prompt."""
         quiet = ["-q", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
         typed = f"bash --login -c {_quoted(f'source ~/.bashrc; {command}')}"
         return ["ssh", *quiet, "-i", str(self._hosts.base / "key"), f"{USER}@{self.address}", typed]
 
     def remove(self) -> None:
-        """Power off, and take the network card away."""
+        """Power off, and remove the network card."""
         self.power_off()
         ip("netns", "del", self._net, check=False)
         ip("link", "del", self._cable, check=False)
 
 
 class Hosts:
-    """The bridge, its hosts by name, and what they share. `base` holds keys and logs: a folder that is not in /tmp."""
+    """The bridge, the hosts by name, and their shared folder. `base` holds keys and logs; it must not be in /tmp."""
 
     def __init__(self, base: Path, names: Sequence[str], profile: str = "") -> None:
         self.base = base
@@ -213,7 +213,7 @@ class Hosts:
         return self._by_name[name]
 
     def close(self) -> None:
-        """End all of it."""
+        """Remove the hosts and the bridge."""
         for host in self._by_name.values():
             host.remove()
         ip("link", "del", BRIDGE, check=False)

@@ -1,4 +1,4 @@
-"""The machine from which a cluster is started: a home directory, a token in it, and `ray` commands on a yaml file."""
+"""The laptop from which a cluster is started: a home directory with a token, and `ray` commands on a yaml file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DASHBOARD = 8265
 
 
 class Laptop:
-    """A person at this machine, with a home directory of their own, who has written a cluster's yaml file."""
+    """A user of this machine with a separate home directory and the yaml file of a cluster."""
 
     def __init__(self, hosts: Hosts, env: Mapping[str, str]) -> None:
         self.home = hosts.base / "laptop"
@@ -30,7 +30,7 @@ class Laptop:
         self._tunnel: subprocess.Popen[bytes] | None = None
 
     def write(self, shipped: Path, changes: Mapping[str, str]) -> None:
-        """The shipped file with what a person must change in it; each change is needed, and finds its place."""
+        """Write the yaml file: the shipped one with `changes`, each of which must match."""
         text = shipped.read_text()
         for old, new in changes.items():
             assert old in text, f"{shipped.name} has no {old}"
@@ -38,7 +38,7 @@ class Laptop:
         self.yaml.write_text(text)
 
     def type(self, *command: str, seconds: float = 300) -> str:
-        """What a command prints; AssertionError if it fails."""
+        """The output of a command; AssertionError if the command fails."""
         done = subprocess.run(
             command, cwd=ROOT, env=self.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
         )
@@ -46,12 +46,12 @@ class Laptop:
         return done.stdout
 
     def ray(self, command: str, *args: str, seconds: float = 300) -> str:
-        """`ray COMMAND cluster.yaml ARGS`."""
+        """The output of `ray COMMAND cluster.yaml ARGS`."""
         asked = ["-y"] if command in ("up", "down") else []
         return self.type(RAY, command, *asked, str(self.yaml), *args, seconds=seconds)
 
     def open_dashboard(self) -> str:
-        """`ray dashboard`, once: the address of the tunnel's end here."""
+        """Start `ray dashboard` once; returns the address of the tunnel on this machine."""
         if self._tunnel:
             return f"http://127.0.0.1:{DASHBOARD}"
         log = (self.home / "dashboard.log").open("w")
@@ -66,20 +66,20 @@ class Laptop:
         return subprocess.run(["curl", "-si", "-m", "5", url], capture_output=True, text=True).stdout
 
     def start(self, *args: str) -> Command:
-        """`python ARGS` here."""
+        """Start `python ARGS` on the laptop."""
         return Command(self.home, *args, env=self.env, address="")
 
     def nodes(self, head: Host) -> dict[str, str]:
-        """Ray's names of the nodes that are there, by address, as the dashboard tells them on the head."""
+        """The ids of the living nodes by address, from the dashboard on the head."""
         ask = f'curl -s -H "Authorization: Bearer $(cat ~/.ray/auth_token)" http://127.0.0.1:{DASHBOARD}'
         told = head.ssh(f"{ask}/nodes?view=summary")
-        if not told.startswith("{"):  # not up yet
+        if not told.startswith("{"):  # the dashboard is not up yet
             return {}
         nodes = [node["raylet"] for node in json.loads(told)["data"]["summary"]]
         return {node["nodeManagerAddress"]: node["nodeId"] for node in nodes if node["state"] == "ALIVE"}
 
     def close(self) -> None:
-        """End the tunnel."""
+        """Close the tunnel."""
         if self._tunnel:
             os.killpg(self._tunnel.pid, signal.SIGKILL)
             self._tunnel.wait()

@@ -1,7 +1,7 @@
-"""The shipped cluster.yaml and the shipped stack, against a server that plays AWS: hosts pose as its machines.
+"""The shipped cluster.yaml and the shipped stack against a server that plays AWS, with hosts as its machines.
 
-Nothing is changed in cluster.yaml but what a person changes, which is the stack's outputs. The server knows no deep
-learning image, so the stack's is another one.
+In cluster.yaml only the stack's outputs are filled in, as a person would. The server knows no deep learning image, so
+the stack takes another image.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ENV = {
 
 
 class Cloud:
-    """A server that plays AWS. Machines that it starts are the hosts: the head, then the workers."""
+    """A server that plays AWS. For each machine that it starts a host boots: the head, then the worker."""
 
     def __init__(self, base: Path) -> None:
         self.hosts = Hosts(base, ["head", "w1"], "".join(f"export {k}={v}\n" for k, v in ENV.items()))
@@ -66,7 +66,7 @@ class Cloud:
         return socket.socket().connect_ex((LAPTOP, PORT)) == 0
 
     def machines(self) -> list[dict[str, Any]]:
-        """All that was ever started."""
+        """All machines that were ever started."""
         return [i for r in self.ec2.describe_instances()["Reservations"] for i in r["Instances"]]
 
     def _pose(self) -> None:
@@ -98,8 +98,8 @@ def cloud() -> Iterator[Cloud]:
         yield made
 
 
-def test_training_on_machines_that_are_started_for_it(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stack, `ray up`, a dataset in the bucket, a run that waits for its worker, `ray down`: all machines end."""
+def test_a_run_starts_its_machine_and_ray_down_ends_all(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stack, `ray up`, a dataset in the bucket, a run that waits for its worker, `ray down`."""
     for name, value in ENV.items():
         monkeypatch.setenv(name, value)
     seconds = {}

@@ -1,6 +1,6 @@
-"""Machines of one's own: `ray up docs/cluster.local.yaml` on hosts with sshd, and all that is promised of a cluster.
+"""`ray up docs/cluster.local.yaml` on hosts with sshd, and what the documentation promises of such a cluster.
 
-One story, in the order of the tests: a head and two workers are brought up, and a third worker joins by hand.
+The tests are one story, in their order: a head and two workers come up, and a third worker joins by hand.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tests.support.runs import make_dataset
 
 pytestmark = pytest.mark.slow
 
-# The hosts share this machine's CPUs: the head stands for one that has none to spare, the others for small ones.
-# A machine whose head has gone gives up after 15 seconds instead of 60.
+# The hosts share this machine's CPUs, so the head has none for Ray, and each other host has one.
+# A machine that has lost its head gives up after 15 seconds instead of 60.
 SIZES = """export RAY_gcs_rpc_server_reconnect_timeout_s=15
 export RAY_OVERRIDE_RESOURCES='{"CPU": '$([ $(hostname) = head ] && echo 0 || echo 1)'}'\n"""
 
 
 class Lab:
-    """The hosts, the laptop, and the seconds that things took."""
+    """The hosts, the laptop, and the seconds that each step took."""
 
     def __init__(self, base: Path) -> None:
         self.hosts = Hosts(base, ["head", "w1", "w2", "w3", "stranger"], SIZES)
@@ -58,13 +58,13 @@ class Lab:
         self.seconds["nodes joined"] = wait_until(lambda: len(self.nodes()) == 3, 90)
 
     def join(self, name: str) -> None:
-        """Set a machine up by hand, as docs/cluster.md says, and have it join."""
+        """Set a machine up by hand, as docs/cluster.md says, and join it to the cluster."""
         head, host = self.hosts["head"], self.hosts[name]
         quiet = "-q -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
         host.ssh("mkdir -p ~/.ray")
         for what in ("code", ".ray/auth_token", ".bashrc", ".dogvae-env"):
             head.ssh(f"scp -i ~/ray_bootstrap_key.pem {quiet} -r ~/{what} {host.address}:~/{what}")
-        # Ray gives a node 30 seconds, which two busy cores may not have: docs/cluster.md says what then.
+        # On two busy cores Ray's 30 seconds for a node may be too short; docs/cluster.md says what to type then.
         start = f"ray start --address={head.address}:6379"
         host.ssh(f"export RAY_AUTH_MODE=token; {start} || (ray stop --force; {start})")
 
@@ -72,7 +72,7 @@ class Lab:
         return self.laptop.nodes(self.hosts["head"])
 
     def start(self, *args: str) -> Command:
-        """A command on the laptop, which ends with the lab at the latest."""
+        """Start `python ARGS` on the laptop; `close` stops it."""
         self.commands.append(self.laptop.start(*args))
         return self.commands[-1]
 
@@ -95,7 +95,7 @@ def lab() -> Iterator[Lab]:
         yield made
 
 
-def test_doctor_finds_nothing_wrong(lab: Lab) -> None:
+def test_doctor_reports_every_host_as_ready(lab: Lab) -> None:
     told = lab.laptop.ray("exec", f"dogvae doctor --data {SHARE}/dogs")
     assert re.search(r"✓ nodes +all +3 of 3 joined", told)
     for name in ("head", "w1", "w2"):
@@ -135,7 +135,7 @@ print("open", *(port for port in range(1, 65536) if answers(port)))
 
 @pytest.fixture(scope="module")
 def strangers(lab: Lab) -> list[subprocess.Popen[str]]:
-    """Two at work on a machine beside the cluster's: one without a token, one with a wrong one."""
+    """Two probes from a machine outside the cluster: one without a token, one with a wrong token."""
     tries = []
     for token in ("", "0" * 64):
         mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
@@ -145,8 +145,7 @@ def strangers(lab: Lab) -> list[subprocess.Popen[str]]:
     return tries
 
 
-def test_search_over_the_hosts(lab: Lab, strangers: object) -> None:
-    """Four trials, on both workers; the export is there."""
+def test_search_runs_trials_on_both_workers_and_exports(lab: Lab, strangers: object) -> None:
     settings = '--set width=4 --set latent_dim=4 --set batch_size=8 --search "lr=loguniform(1e-3,1e-2)"'
     typed = f"python -m tune search --data {SHARE}/dogs --name s --trials 4 --epochs 3 --scheduler none {settings}"
     told = lab.laptop.ray("exec", f"cd code && {typed}")
@@ -158,7 +157,7 @@ def test_search_over_the_hosts(lab: Lab, strangers: object) -> None:
 
 
 def test_stranger_on_the_network_is_refused(lab: Lab, strangers: list[subprocess.Popen[str]]) -> None:
-    """Without the token, and with a wrong one: no dashboard, no jobs, no driver, no client; and what answers at all."""
+    """By dashboard, jobs, GCS and client, without a token and with a wrong one. Prints the ports that answer at all."""
     for one in strangers:
         told = dict(line.split(" ", 1) for line in one.communicate(timeout=180)[0].splitlines())
         assert told["dashboard"] == told["jobs"] == "refused"
@@ -174,8 +173,7 @@ def test_stranger_on_the_network_is_refused(lab: Lab, strangers: list[subprocess
     assert {22, 6379} <= answering
 
 
-def test_mistake_over_there_is_told_here(lab: Lab) -> None:
-    """In a line and with its exit status, as if the command ran here."""
+def test_mistake_in_a_job_is_one_line_and_exit_status_2_on_the_laptop(lab: Lab) -> None:
     command = lab.start(TRAIN, "--address", lab.laptop.open_dashboard(), "--data", f"{SHARE}/nowhere", "--name", "x")
     assert command.wait(90) == 2, command.text()
     assert re.search(rf"^error: .*{SHARE}/nowhere", command.text(), re.M), command.text()
@@ -184,7 +182,7 @@ def test_mistake_over_there_is_told_here(lab: Lab) -> None:
 
 @pytest.fixture(scope="module")
 def training(lab: Lab) -> Command:
-    """`--cpus 1:2` from the laptop, as a job, on two of three workers; the third has joined by hand."""
+    """A job from the laptop with `--cpus 1:2`, which trains on two hosts; a third host then joins by hand."""
     dashboard = lab.laptop.open_dashboard()
     began, clock = time.monotonic(), time.time()
     command = lab.start(
@@ -193,7 +191,7 @@ def training(lab: Lab) -> Command:
     )  # fmt: skip
     command.wait_until(lambda: lab.lines("run"), 120)
     lab.seconds["command to first epoch"] = time.monotonic() - began
-    (events,) = (lab.runs / "run").glob("events.out.tfevents.*")  # made before the first step, and called by its time
+    (events,) = (lab.runs / "run").glob("events.out.tfevents.*")  # made before the first step; the name has its time
     lab.seconds["command to first step"] = int(events.name.split(".")[3]) - clock
     assert lab.lines("run")[0]["world_size"] == 2
     lab.join("w3")
@@ -202,12 +200,12 @@ def training(lab: Lab) -> Command:
 
 
 def newest_step(lab: Lab) -> int:
-    """Of the checkpoints that there are."""
+    """The step of the newest checkpoint."""
     return max(int(file.name[5:14]) for file in (lab.runs / "run/checkpoints").glob("step-*"))
 
 
 def again(lab: Lab, command: Command, world_size: int, what: str, saved: int) -> None:
-    """Wait for two epochs of so many workers, which go on from the checkpoint of step `saved` or a later one."""
+    """Wait for two epochs on `world_size` workers, resumed from the checkpoint of step `saved` or a later one."""
     began, before, restarts = time.monotonic(), len(lab.lines("run")), command.text().count("going on in epoch")
 
     def trains() -> bool:
@@ -221,15 +219,15 @@ def again(lab: Lab, command: Command, world_size: int, what: str, saved: int) ->
     assert 13 * (int(epoch) - 1) + int(step) >= saved
 
 
-def test_host_that_loses_power(lab: Lab, training: Command) -> None:
+def test_run_survives_a_host_that_loses_power(lab: Lab, training: Command) -> None:
     saved = newest_step(lab)
     lab.hosts["w1"].power_off()
     again(lab, training, 2, "power lost to training again", saved)
     print(json.dumps({what: round(s, 1) for what, s in lab.seconds.items()}))
 
 
-def test_host_that_is_announced_to_go_and_whose_cable_is_cut(lab: Lab, training: Command) -> None:
-    """What was done between the notice and the end is not lost: there is a checkpoint after every step."""
+def test_run_saves_every_step_once_a_host_is_announced_to_go(lab: Lab, training: Command) -> None:
+    """Then the host's cable is cut; the steps between the notice and the cut are not lost."""
     head, second = lab.hosts["head"], lab.hosts["w2"]
     node = lab.nodes()[second.address]
     head.ssh(
@@ -243,8 +241,8 @@ def test_host_that_is_announced_to_go_and_whose_cable_is_cut(lab: Lab, training:
     again(lab, training, 1, "cable cut to training again", saved)
 
 
-def test_host_that_comes_back(lab: Lab, training: Command) -> None:
-    """One worker becomes two; then the laptop's Ctrl-C stops the job after a checkpoint."""
+def test_run_takes_a_returning_host_in_and_stops_by_signal(lab: Lab, training: Command) -> None:
+    """One worker becomes two; then a signal to the laptop's command stops the job after a checkpoint."""
     lab.hosts["w1"].power_on()
     lab.join("w1")
     again(lab, training, 2, "host joined to training on it", newest_step(lab))
@@ -255,13 +253,12 @@ def test_host_that_comes_back(lab: Lab, training: Command) -> None:
     epochs = [line["epoch"] for line in lab.lines("run")]
     assert epochs == list(range(len(epochs)))
     print(json.dumps({what: round(s, 1) for what, s in lab.seconds.items()}))
-    # On an idle machine 20 and 35; what keeps them from growing to Ray's defaults of minutes.
+    # 20 and 35 on an idle machine; Ray's defaults would make them minutes.
     assert lab.seconds["power lost to training again"] < 40
     assert lab.seconds["cable cut to training again"] < 60
 
 
-def test_down(lab: Lab) -> None:
-    """Nothing of Ray is left on the head, nor anything that works on the others."""
+def test_ray_down_stops_ray_on_the_head_and_the_nodes_elsewhere(lab: Lab) -> None:
     lab.laptop.ray("down")
     for name in ("head", "w1", "w3"):
         wait_until(lambda host=lab.hosts[name]: "raylet/raylet" not in host.ssh("ps -eo args"), 60)
