@@ -117,7 +117,7 @@ def _lean_node(verbose: bool) -> Iterator[None]:
         node.Node, services.start_ray_process = usual, start_process  # type: ignore[misc]
 
 
-class EarlyWorker:
+class EarlyRayTrainWorker:
     """Stands in for Ray Train's worker: this actor imports Ray Train while the command does.
 
     Ray asks the class for its methods in the command, where Ray Train's class is not known yet: hence the list.
@@ -138,14 +138,14 @@ class EarlyWorker:
 
 
 def _passed_on(name: str) -> Callable[..., Any]:
-    def method(self: EarlyWorker, *args: Any, **kwargs: Any) -> Any:
+    def method(self: EarlyRayTrainWorker, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.worker, name)(*args, **kwargs)
 
     return method
 
 
-for _name in EarlyWorker.METHODS:
-    setattr(EarlyWorker, _name, _passed_on(_name))
+for _name in EarlyRayTrainWorker.METHODS:
+    setattr(EarlyRayTrainWorker, _name, _passed_on(_name))
 
 
 @dataclass
@@ -166,7 +166,7 @@ def start_workers(workers: Workers) -> EarlyWorkers | None:
     group = placement_group([workers.resources] * workers.count)
     worker = ray.remote(
         num_cpus=workers.cpus, num_gpus=int(workers.gpu), runtime_env={"env_vars": worker_environment()}
-    )(EarlyWorker)
+    )(EarlyRayTrainWorker)
     places = [PlacementGroupSchedulingStrategy(group, bundle) for bundle in range(workers.count)]
     return EarlyWorkers([worker.options(scheduling_strategy=place).remote() for place in places], group)
 

@@ -34,7 +34,7 @@ def test_early_worker_has_every_method_of_ray_trains() -> None:
     from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
     theirs = {name for name in vars(RayTrainWorker) if not name.startswith("_")}
-    assert theirs == set(fast_start.EarlyWorker.METHODS)
+    assert theirs == set(fast_start.EarlyRayTrainWorker.METHODS)
 
 
 @pytest.mark.parametrize(
