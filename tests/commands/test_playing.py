@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from dogvae.data.dataset import Dataset
@@ -118,21 +117,15 @@ def test_reconstruct_puts_photos_above_reconstructions(run: Run, place: Place) -
     assert np.array_equal(np.load("x.npy"), got[[0, 3]])
 
 
-@pytest.mark.parametrize("suffix", [".gif", ".webp", ".mp4"])
-def test_interpolate_writes_an_animation(suffix: str, run: Run, place: Place) -> None:
+def test_interpolate_writes_a_gif_of_32_steps_and_back(run: Run, place: Place) -> None:
     a, b = place.photos["a"], place.photos["b"]
-    run("interpolate", a, b, "--steps", 6, "-o", f"x{suffix}")
-    frames, _ = frames_of(f"x{suffix}")
-    assert frames.shape == (10, 4 * SIZE, 4 * SIZE, 3)
-    walk = place.model.interpolate(a, b, 6)
-    for frame, i in zip(frames, [*range(6), 4, 3, 2, 1], strict=True):
+    assert run("interpolate", a, b) == ["walk.gif"]
+    frames, _ = frames_of("walk.gif")
+    assert frames.shape == (62, 4 * SIZE, 4 * SIZE, 3)
+    walk = place.model.interpolate(a, b)
+    for frame, i in ((0, 0), (10, 10), (31, 31), (52, 10)):
         enlarged = np.asarray(Image.fromarray(walk[i]).resize((4 * SIZE, 4 * SIZE)))
-        assert np.abs(frame.astype(int) - enlarged).mean() < 12  # of 256, for the palette and the compression
-
-
-def test_interpolate_defaults_to_a_gif_of_32_steps(run: Run, place: Place) -> None:
-    assert run("interpolate", place.photos["a"], place.photos["b"]) == ["walk.gif"]
-    assert frames_of("walk.gif")[0].shape == (62, 4 * SIZE, 4 * SIZE, 3)
+        assert np.abs(frames[frame].astype(int) - enlarged).mean() < 12  # of 256, for the palette
 
 
 @pytest.mark.parametrize("method", ["linear", "spherical"])
@@ -213,41 +206,32 @@ def test_neighbours_of_samples(run: Run, place: Place) -> None:
 
 REFUSALS: dict[str, tuple[str, str]] = {
     "suffix": ("sample E -o dogs.jpg", "-o: dogs.jpg must end in one of .png, .gif, .webp, .mp4, .npy"),
-    "no suffix": ("sample E -o dogs", "-o: dogs must end in one of"),
     "missing folder": ("sample E -o nowhere/dogs.png", "-o: the folder nowhere does not exist"),
     "output is a folder": ("sample E -o folder.png", "-o: folder.png is a folder"),
-    "png in /proc": ("sample E -n 1 -o /proc/self/x.png", "-o: /proc/self/x.png cannot be written"),
     "npy in /proc": ("sample E -n 1 -o /proc/self/x.npy", "-o: /proc/self/x.npy cannot be written"),
     "long name": (f"sample E -n 1 -o {'x' * 300}.png", "cannot be written"),
     "no samples": ("sample E -n 0 -o dogs.npy", "-n: 0 is too small, it must be at least 1"),
-    "n is not a number": ("sample E -n many", "argument -n: invalid int value: 'many'"),
     "seed": ("sample E --seed -1", "--seed: -1 is too small"),
     "temperature": ("sample E --temperature nan -o dogs.npy", "--temperature: nan must be"),
     "prior": ("sample E --prior banana", "--prior: 'banana' is none of mixture, gaussian, normal"),
     "device": ("sample E --device banana", "--device: banana is not a device"),
     "missing export": ("sample nowhere", "nowhere is not an exported model"),
-    "run for an export": ("sample RUN", "is not an exported model"),
     "damaged export": ("sample broken", "broken/model.safetensors is damaged"),
     "no photos": ("reconstruct E", "the following arguments are required: photos"),
     "missing photo": ("reconstruct E A nowhere.jpg", "nowhere.jpg cannot be read: No such file"),
     "text for a photo": ("reconstruct E A text.jpg", "text.jpg cannot be used"),
     "folder for a photo": ("reconstruct E folder.png -o x.png", "folder.png cannot be read: Is a directory"),
     "one photo": ("interpolate E A", "the following arguments are required: b"),
-    "three photos": ("interpolate E A B A", "unrecognized arguments"),
     "one step": ("interpolate E A B --steps 1", "--steps: 1 is too small, it must be at least 2"),
     "method": ("interpolate E A B --method curved", "--method: 'curved' is none of linear, spherical"),
     "walk of one": ("walk E A", "a walk needs at least two pictures"),
-    "walk to a text": ("walk E A text.jpg", "text.jpg cannot be used"),
     "with alone": ("directions E --with A", "--with and --without"),
-    "without alone": ("directions E --without A", "--with and --without"),
     "no directions": ("directions E -n 0", "-n: 0 is too small"),
-    "directions of a text": ("directions E --photo text.jpg", "text.jpg cannot be used"),
     "without a text": ("directions E --with A --without text.jpg", "text.jpg cannot be used"),
     "no neighbours": ("neighbours E DATA -k 0", "-k: 0 is too small"),
     "neighbours of none": ("neighbours E DATA -n 0", "-n: 0 is too small"),
     "neighbours in another size": ("neighbours E LARGE", "has images of 64 pixels, this model needs 32"),
     "missing dataset": ("neighbours E nowhere", "prepared dataset"),
-    "export for a dataset": ("neighbours E E", "prepared dataset"),
     "no command": ("", "the following arguments are required: COMMAND"),
     "unknown command": ("bark E", "invalid choice: 'bark'"),
     "unknown flag": ("sample E --colour brown", "unrecognized arguments: --colour brown"),
@@ -293,14 +277,6 @@ def test_mistake_is_refused_with_one_line_and_nothing_is_written(
     before = contents()
     assert reason in refused(capsys, *[stands_for.get(word, word) for word in command.split()])
     assert contents() == before
-
-
-def test_gpu_is_refused_where_there_is_none(
-    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device: cuda is not available" in refused(capsys, "sample", place.export, "--device", "cuda")
 
 
 def test_interrupted_array_is_not_kept(

@@ -6,7 +6,6 @@ import hashlib
 import json
 import pickle
 import shutil
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -129,7 +128,7 @@ def test_pickle_in_place_of_tensors_is_not_executed(name: str, copy: Path) -> No
     "changes",
     [
         {"model": None}, {"model": []}, {"model": {"colour": "brown"}},
-        {"files": None}, {"files": ["model.safetensors"]}, {"files": {"model.safetensors": 5}},
+        {"files": None}, {"files": ["model.safetensors"]}, {"files": {"model.safetensors": 5}}, {"files": {}},
     ],
 )  # fmt: skip
 def test_config_with_wrong_types_is_refused(changes: dict[str, Any], copy: Path) -> None:
@@ -211,16 +210,10 @@ def in_new_process(code: str, *args: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_importing_dogvae_takes_no_time_and_no_torch() -> None:
-    """Seconds of CPU: medians of 5 alternating processes. Importing torch would take more than a second."""
-    codes = ("pass", "import dogvae")
-    spent: dict[str, list[float]] = {code: [] for code in codes}
-    for _ in range(5):
-        for code in codes:
-            words = in_new_process(f"import time, sys; {code}; print(time.process_time(), 'torch' in sys.modules)")
-            spent[code].append(float(words[0]))
-            assert words[1] == "False"
-    assert statistics.median(spent["import dogvae"]) - statistics.median(spent["pass"]) < 0.1
+def test_importing_dogvae_imports_no_heavy_package() -> None:
+    """Importing torch takes seconds."""
+    code = "import sys, dogvae; print(*sorted({'torch', 'numpy', 'ray', 'pyarrow'} & set(sys.modules)))"
+    assert in_new_process(code) == []
 
 
 def test_first_sample_is_fast_and_without_ray(exported: Exported) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -124,10 +124,6 @@ def test_onnx_file_contains_its_weights(converted: Path, tmp_path: Path) -> None
         session(Path(shutil.copy(converted / name, tmp_path / name)))
 
 
-def test_export_with_onnx_files_still_loads(converted: Path, exported: Exported) -> None:
-    assert np.array_equal(load(converted, "cpu").sample(3), load(exported.folder, "cpu").sample(3))
-
-
 def test_exporting_again_removes_onnx_files_of_older_weights(
     converted: Path, exported: Exported, tmp_path: Path
 ) -> None:
@@ -163,6 +159,7 @@ def test_difference_is_the_largest_one_relative_to_the_largest_output(converted:
     shifted = Shifted(encoder, 0.25)
     largest = float(shifted(x)[0].abs().max())
     assert onnx._difference(shifted, converted / "encoder.onnx", x) == pytest.approx(0.25 / largest, rel=1e-3)
+    assert math.isnan(onnx._difference(Shifted(encoder, math.nan), converted / "encoder.onnx", x))
 
 
 def test_files_that_differ_from_pytorch_are_not_kept(
@@ -182,31 +179,15 @@ def test_files_that_differ_from_pytorch_are_not_kept(
     assert all((folder / name).read_bytes() == (converted / name).read_bytes() for name in ONNX)
 
 
-def test_encoder_without_its_decoder_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    differences = iter([0.0, 1.0])
+@pytest.mark.parametrize("difference", [1.0, math.nan])
+def test_encoder_without_its_decoder_is_not_kept(
+    difference: float, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    differences = iter([0.0, difference])
     monkeypatch.setattr(onnx, "_difference", lambda network, path, x: next(differences))
     with pytest.raises(RunFailed, match=r"decoder\.onnx would differ"):
         export_onnx(folder)
     assert names(folder) == FILES
-
-
-class NanSession:
-    """A runtime whose outputs are NaN."""
-
-    def __init__(self, path: str, providers: list[str]) -> None:
-        self.outputs = [LATENT] * 2 if "encoder" in path else [(3, 32, 32)]
-
-    def get_inputs(self) -> list[SimpleNamespace]:
-        return [SimpleNamespace(name="x")]
-
-    def run(self, names: None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return [np.full((len(feed["x"]), *shape), np.nan, np.float32) for shape in self.outputs]
-
-
-def test_nan_is_a_difference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime, "InferenceSession", NanSession)
-    with pytest.raises(RunFailed, match="would differ from PyTorch by nan"):
-        export_onnx(folder)
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
