@@ -23,9 +23,9 @@ ACTIVE_VARIANCE = 0.01  # Burda, Grosse & Salakhutdinov 2016: the variance of an
 def evaluate(model: VAE, split: Split, device: torch.device, rank: int = 0, world_size: int = 1) -> dict[str, float]:
     """Exact validation: means over all images of the split, the same numbers at every world size.
 
-    Returns `loss`, the negative ELBO in nats per image (beta 1, `VAL_SAMPLES` samples, fixed noise), its two terms
-    `reconstruction` and `kl`, the `psnr` of the decoded posterior mean in dB, and the number of `active_latents`.
-    Every rank must call this function, and every rank gets the result.
+    Returns `loss`, the negative ELBO in nats per image (beta 1, `VAL_SAMPLES` samples, fixed noise), and its two terms
+    `reconstruction` and `kl`. Also returns the `psnr` of the decoded posterior mean in dB and the number of
+    `active_latents`. Every rank must call this function, and every rank gets the result.
     """
     model.eval()
     n, latents = len(split), math.prod(model.latent_shape)

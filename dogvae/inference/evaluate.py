@@ -103,7 +103,7 @@ def bounds(model: DogVAE, split: Split, samples: int, report: Report) -> dict[st
 def ssim(a_bchw: Tensor, b_bchw: Tensor) -> Tensor:
     """Structural similarity (b,) of images in [0, 1]; 1 for equal images (Wang et al. 2004).
 
-    The Gaussian window of that paper, 11 pixels wide with standard deviation 1.5, at all places inside the image.
+    Uses that paper's Gaussian window, 11 pixels wide with standard deviation 1.5, at all places inside the image.
     """
     offset = torch.arange(11, dtype=a_bchw.dtype, device=a_bchw.device) - 5
     window = torch.exp(-offset.square() / (2 * 1.5**2))

@@ -172,8 +172,8 @@ class DogVAE:
     def path(self, latents: np.ndarray, steps: int = 32, method: str = METHODS[0]) -> np.ndarray:
         """Latents ((m - 1) * (steps - 1) + 1, d, 4, 4) on the way through m latents, which are themselves among them.
 
-        `method`: "linear", or "spherical" interpolation (Shoemake 1985). A straight line between two latents passes
-        closer to the origin than either of them; the spherical path does not (White 2016).
+        `method`: "linear", or "spherical" interpolation (Shoemake 1985). A straight line passes closer to the origin
+        than latents usually lie; the spherical path keeps their distance from it (White 2016).
         """
         if steps < 2:
             raise UsageError(f"--steps: {steps} is too small, it must be at least 2")
