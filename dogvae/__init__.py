@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dogvae.inference.model import DogVAE, load
+    from dogvae.inference.load import load
+    from dogvae.inference.model import DogVAE
 
 __version__ = "0.1.0"
 __all__ = ["DogVAE", "__version__", "load"]
 
 
-def __getattr__(name: str) -> Any:
-    # torch takes seconds to import: only those who load a model pay for it.
-    if name in ("DogVAE", "load"):
-        from dogvae.inference import model
+# Importing torch takes seconds, so these names are imported when they are first used.
+_MODULES = {"DogVAE": "dogvae.inference.model", "load": "dogvae.inference.load"}
 
-        return getattr(model, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'dogvae' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Pictures for people: grids, animations, files, and what the decoder makes of latents. Knows nothing of training."""
+"""Pictures for people: uint8 arrays as grids, animations and files. Independent of training."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dogvae.storage import Storage
 
 STILL, MOVING, VIDEO, ARRAY = (".png",), (".gif", ".webp"), (".mp4",), (".npy",)
 SUFFIXES = STILL + MOVING + VIDEO + ARRAY
-FRAMES_PER_S, ENLARGED = 20, 4  # of an animation; it is shown so many times as large
+FRAMES_PER_S, ENLARGED = 20, 4  # of an animation; each frame is enlarged by this factor
 MOST_IN_GRID = 10_000
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """Images of values in [0, 1], any shape, as uint8 on the CPU."""
+    """Values in [0, 1], any shape, as a uint8 array of that shape, 0 to 255. Values outside [0, 1] are clipped."""
     return (x.float().clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 
 def grid(images_nhw3: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
-    """uint8 images (n, h, w, 3) as one (H, W, 3), row by row, on white."""
+    """Arrange uint8 images (n, h, w, 3) row by row in one image (H, W, 3), on white, `gap` pixels apart."""
     n, h, w, channels = images_nhw3.shape
     columns = max(1, min(columns, n))
     rows = -(-n // columns)
@@ -39,16 +39,20 @@ def grid(images_nhw3: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def png(image_hw3: np.ndarray) -> bytes:
-    """A uint8 image (h, w, 3) as a PNG file."""
+    """The bytes of a PNG file of a uint8 image (h, w, 3)."""
     buffer = io.BytesIO()
     Image.fromarray(image_hw3).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def animation(images_nhw3: np.ndarray, suffix: str) -> bytes:
-    """uint8 images (n, h, w, 3) as a .gif, .webp or .mp4 file, 4 times as large, there and back without end."""
+    """The bytes of a .gif, .webp or .mp4 file of uint8 images (n, h, w, 3), enlarged 4 times.
+
+    The frames run forwards, then backwards; .gif and .webp repeat for ever. Raises UsageError if .mp4 lacks its
+    package.
+    """
     frames = [Image.fromarray(p).resize((p.shape[1] * ENLARGED, p.shape[0] * ENLARGED)) for p in images_nhw3]
-    frames += frames[-2:0:-1]  # the loop has no jump
+    frames += frames[-2:0:-1]  # without the first and last frame, which the loop would otherwise show twice
     if suffix in VIDEO:
         return _mp4(frames)
     buffer = io.BytesIO()
@@ -61,7 +65,7 @@ def _mp4(frames: list[Image.Image]) -> bytes:
     try:
         import av
     except ImportError as error:
-        raise UsageError("-o: .mp4 needs one more package: pip install 'dogvae[video]'; or take .gif") from error
+        raise UsageError("-o: .mp4 needs another package: pip install 'dogvae[video]'; or use .gif") from error
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as file:
         stream = file.add_stream("h264", rate=FRAMES_PER_S)
@@ -74,27 +78,27 @@ def _mp4(frames: list[Image.Image]) -> bytes:
 
 
 def check_output(path: Path, n: int) -> None:
-    """UsageError unless `save` can write `n` images there."""
+    """Raise UsageError unless `save` can write `n` images to `path`."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"-o: {path} must end in one of {', '.join(SUFFIXES)}")
     try:
         if not path.parent.is_dir():
-            raise UsageError(f"-o: there is no folder {path.parent}")
+            raise UsageError(f"-o: the folder {path.parent} does not exist")
         if path.is_dir():
             raise UsageError(f"-o: {path} is a folder")
     except OSError as error:
         raise UsageError(f"-o: {path} cannot be written: {error.strerror}") from error
     if n > MOST_IN_GRID and suffix not in ARRAY:
-        raise UsageError(f"-o: {n:,} pictures are too many for {suffix}, at most {MOST_IN_GRID:,}; take .npy")
-    if suffix in VIDEO:
+        raise UsageError(f"-o: {n:,} pictures are too many for {suffix}, at most {MOST_IN_GRID:,}; use .npy")
+    if suffix in VIDEO:  # fails now rather than after the pictures are computed
         _mp4([Image.new("RGB", (16, 16))])
 
 
 def save(path: Path, images_nhw3: np.ndarray, columns: int) -> None:
-    """Write uint8 images (n, h, w, 3) as the suffix says: a PNG grid of `columns`, an animation, or the array.
+    """Write uint8 images (n, h, w, 3) in the format of the suffix: a PNG grid of `columns`, an animation, or an array.
 
-    Raises UsageError if that cannot be done; then nothing is written.
+    Raises UsageError if `path` cannot be written; then nothing is left there.
     """
     suffix = path.suffix.lower()
     check_output(path, len(images_nhw3))
@@ -109,7 +113,7 @@ def save(path: Path, images_nhw3: np.ndarray, columns: int) -> None:
 
 
 def save_array(path: Path, batches: Iterator[np.ndarray], n: int) -> None:
-    """Write `n` uint8 images (n, h, w, 3), which come in batches, as one .npy file, when all have come."""
+    """Write batches of uint8 images (b, h, w, 3), `n` in all, to one .npy file, which appears when it is complete."""
     first = next(batches)
     partial = path.with_name(f".{path.name}.partial")
     header = {"descr": "|u1", "fortran_order": False, "shape": (n, *first.shape[1:])}

@@ -1,4 +1,4 @@
-"""The documented name of `dogvae.inference.serve`: `serve run dogvae.serve:app export=runs/dogs/export`."""
+"""The documented import path of the Ray Serve app: `serve run dogvae.serve:app export=runs/dogs/export`."""
 
 from dogvae.inference.serve import app
 

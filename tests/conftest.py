@@ -8,7 +8,7 @@ import multiprocessing
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,6 +17,9 @@ import torch.multiprocessing as mp
 from pyarrow.fs import FileSystem
 
 from tests.support.s3 import Server
+
+if TYPE_CHECKING:
+    from tests.support.exports import Exported
 
 WriteDataset = Callable[..., Path]
 
@@ -62,6 +65,14 @@ def write_dataset(tmp_path: Path) -> WriteDataset:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A small trained model: its dataset, its run and its export. Tests that change a file copy the folder first."""
+    from tests.support.exports import train_and_export  # which imports `start_ranks` from here
+
+    return train_and_export(tmp_path_factory.mktemp("exported"))
 
 
 def start_ranks(work: Callable[..., None], world_size: int, *args: Any) -> None:

@@ -90,8 +90,10 @@ def parser() -> argparse.ArgumentParser:
     )
     directions.add_argument("-n", type=int, default=8, help="how many directions, a row each (default: 8)")
     directions.add_argument("--photo", help="the dog that is changed (default: the mean dog)")
-    directions.add_argument("--with", nargs="+", dest="having", metavar="PHOTO", help="instead: towards these photos,")
-    directions.add_argument("--without", nargs="+", dest="lacking", metavar="PHOTO", help="and away from these")
+    directions.add_argument(
+        "--with", nargs="+", dest="photos_with", metavar="PHOTO", help="instead: towards these photos,"
+    )
+    directions.add_argument("--without", nargs="+", dest="photos_without", metavar="PHOTO", help="and away from these")
     neighbours = playing(
         "neighbours", _neighbours, "samples, or photos, beside the training photos nearest to them", "neighbours.png"
     )
@@ -175,7 +177,7 @@ def _walk(args: argparse.Namespace) -> None:
 
 
 def _directions(args: argparse.Namespace) -> None:
-    if (args.having is None) != (args.lacking is None):
+    if (args.photos_with is None) != (args.photos_without is None):
         raise UsageError("--with and --without belong together: photos that have something, and photos that do not")
     if args.n < 1:
         raise UsageError(f"-n: {args.n} is too small, it must be at least 1")
@@ -187,7 +189,9 @@ def _directions(args: argparse.Namespace) -> None:
 
     start = model.encode(args.photo)[0] if args.photo else model.mean
     # With photos, the ends of the row are once the whole difference.
-    moves = model.direction(args.having, args.lacking)[None] / SPAN if args.having else model.moves[: args.n]
+    moves = model.moves[: args.n]
+    if args.photos_with:
+        moves = model.direction(args.photos_with, args.photos_without)[None] / SPAN
     far = np.linspace(-SPAN, SPAN, 9, dtype=np.float32)[:, None, None, None]
     save(output, _decode(model, np.concatenate([start + far * move for move in moves])), columns=9)
 

@@ -1,1 +1,1 @@
-"""A trained model in use: sampling, evaluating, the playground, serving."""
+"""A trained model in use: loading, sampling, evaluating, the playground, serving."""

@@ -1,4 +1,4 @@
-"""How good an exported model is: its bounds on the likelihood, its reconstructions, and how near its samples come."""
+"""What `dogvae evaluate` shows: bounds on the likelihood, quality of reconstructions, Frechet distances of samples."""
 
 from __future__ import annotations
 
@@ -16,60 +16,61 @@ from dogvae.data.dataset import Dataset, Split
 from dogvae.errors import UsageError
 from dogvae.inference.elbo import baselines, evaluate
 from dogvae.inference.model import PRIORS, DogVAE
-from dogvae.network import likelihood as loss
+from dogvae.network.likelihood import explained, reconstruction
 from dogvae.network.vae import VAE
 from dogvae.pictures import to_uint8
 from dogvae.rng import Stream
 
-SAMPLED = 2048  # pictures of each kind in a Frechet distance: it depends on their number
-CHUNK = 32  # images of the network at once
+SAMPLED = 2048  # pictures of each kind in a Frechet distance, which depends on their number
+CHUNK = 32  # images that a network gets at a time
 INCEPTION_SIDE = 299
 
-Tell = Callable[[str, int, int], None]
+Report = Callable[[str, int, int], None]  # progress: (text, done, total)
 
 
-def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, tell: Tell) -> dict[str, Any]:
-    """All figures of a model on the validation split, in nats per image where they are of likelihoods.
+def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, report: Report) -> dict[str, Any]:
+    """All figures of a model on the validation split; likelihoods are in nats per image.
 
-    `samples` are those of the importance-weighted bound. The Frechet distances of this many pictures are between
-    features of the validation images, and of samples under each prior and of training images: what a perfect model
-    could reach. Raises UsageError if the dataset does not fit the model.
+    `samples` is the number of draws of the importance-weighted bound. The Frechet distances compare the validation
+    images with samples from each prior, and with training images: the distance that a perfect model could reach.
+    Raises UsageError if the dataset's images have another size, or if `samples` is less than 1.
     """
     model.check_size(dataset)
     if samples < 1:
         raise UsageError(f"--samples: {samples} is too small, it must be at least 1")
     net, val = model.model, dataset.val
-    tell("validation, part", 0, 2)
+    report("validation, part", 0, 2)
     figures: dict[str, Any] = {"images": len(val), **evaluate(net, val, model.device)}
     net.eval()
-    figures["explained"] = loss.explained(figures["loss"], *baselines(net.config.likelihood, dataset))
-    tell("validation, part", 1, 2)
+    figures["explained"] = explained(figures["loss"], *baselines(net.config.likelihood, dataset))
+    report("validation, part", 1, 2)
     figures["ssim"] = _mean_ssim(net, val, model.device)
-    figures |= bounds(model, val, samples, tell)
-    n = min(SAMPLED, max(len(val), len(dataset.train)))  # of each kind, or as many as there are
+    figures |= bounds(model, val, samples, report)
+    n = min(SAMPLED, max(len(val), len(dataset.train)))
     kinds: dict[str, Callable[[], Iterator[Tensor]]] = {"validation": lambda: _chunks(val, n)}
     kinds["training"] = lambda: _chunks(dataset.train, n)
     for prior in PRIORS:
         kinds[prior] = lambda prior=prior: _drawn(model, n, prior)  # type: ignore[misc]
-    figures["frechet"] = _frechets(kinds, n, lambda x: net.encoder(x.to(model.device))[0].flatten(1), tell)
+    figures["frechet"] = _frechets(kinds, n, lambda x: net.encoder(x.to(model.device))[0].flatten(1), report)
     figures["frechet_inception"], figures["without_inception"] = None, None
     if inception:
         try:
             network = _inception(model.device)
-        except (OSError, RuntimeError) as error:  # RuntimeError: what came is something else
+        except (OSError, RuntimeError) as error:  # RuntimeError: the download has a wrong checksum
             reason = getattr(error, "reason", error)
             figures["without_inception"] = f"the Inception network's weights could not be downloaded: {reason}"
         else:
-            figures["frechet_inception"] = _frechets(kinds, n, network, tell)
+            figures["frechet_inception"] = _frechets(kinds, n, network, report)
     return figures
 
 
 @torch.inference_mode()
-def bounds(model: DogVAE, split: Split, samples: int, tell: Tell) -> dict[str, dict[str, float]]:
-    """For each prior, the KL (a mean over samples), and the importance-weighted bound with `samples` draws.
+def bounds(model: DogVAE, split: Split, samples: int, report: Report) -> dict[str, dict[str, float]]:
+    """For each prior the KL and the importance-weighted bound, in nats, each a mean over the images of the split.
 
-    The bound is -log mean_k p(x | z_k) p(z_k) / q(z_k | x), z_k ~ q (Burda, Grosse & Salakhutdinov 2016, eq. 8): it
-    falls towards -log p(x) with their number. With one draw it is the negative ELBO.
+    The KL is a mean over the draws. The bound is -log mean_k p(x | z_k) p(z_k) / q(z_k | x) with `samples` draws
+    z_k ~ q (Burda, Grosse & Salakhutdinov 2016, eq. 8). With one draw it is the negative ELBO, and more draws bring it
+    closer to -log p(x).
     """
     net, device = model.model, model.device
     weights: dict[str, list[Tensor]] = {prior: [] for prior in PRIORS}
@@ -82,7 +83,7 @@ def bounds(model: DogVAE, split: Split, samples: int, tell: Tell) -> dict[str, d
         likelihood = net.config.likelihood
         nll = torch.cat(
             [
-                loss.reconstruction(likelihood, net.decoder(part)[None], x.expand(len(part), -1, -1, -1), net.log_scale)
+                reconstruction(likelihood, net.decoder(part)[None], x.expand(len(part), -1, -1, -1), net.log_scale)
                 for part in z.split(CHUNK)
             ]
         ).double()
@@ -92,7 +93,7 @@ def bounds(model: DogVAE, split: Split, samples: int, tell: Tell) -> dict[str, d
             log_p = torch.from_numpy(model.log_prior(z.cpu().numpy(), prior))
             divergence[prior].append((log_q - log_p).mean())
             weights[prior].append(torch.logsumexp(log_p - log_q - nll.cpu(), dim=0) - math.log(samples))
-        tell("importance-weighted bound, image", i + 1, len(split))
+        report("importance-weighted bound, image", i + 1, len(split))
     return {
         "kl_by_prior": {prior: float(torch.stack(v).mean()) for prior, v in divergence.items()},
         "importance_weighted": {prior: -float(torch.stack(v).mean()) for prior, v in weights.items()},
@@ -100,9 +101,9 @@ def bounds(model: DogVAE, split: Split, samples: int, tell: Tell) -> dict[str, d
 
 
 def ssim(a_bchw: Tensor, b_bchw: Tensor) -> Tensor:
-    """Structural similarity (b,) of images in [0, 1], 1 where they are equal (Wang et al. 2004).
+    """Structural similarity (b,) of images in [0, 1]; 1 for equal images (Wang et al. 2004).
 
-    With their Gaussian window of 11 pixels and standard deviation 1.5, where it lies wholly inside the image.
+    Uses that paper's Gaussian window, 11 pixels wide with standard deviation 1.5, at all places inside the image.
     """
     offset = torch.arange(11, dtype=a_bchw.dtype, device=a_bchw.device) - 5
     window = torch.exp(-offset.square() / (2 * 1.5**2))
@@ -123,7 +124,7 @@ def ssim(a_bchw: Tensor, b_bchw: Tensor) -> Tensor:
 
 
 def frechet(a_nd: Tensor, b_md: Tensor) -> float:
-    """Frechet distance of the Gaussians with the moments of two sets of features (Heusel et al. 2017, eq. 6)."""
+    """Frechet distance of two Gaussians that have the moments of two sets of features (Heusel et al. 2017, eq. 6)."""
     a, b = a_nd.double(), b_md.double()
     cov_a, cov_b = (torch.cov(x.T, correction=0) for x in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
@@ -144,15 +145,15 @@ def _mean_ssim(net: VAE, split: Split, device: torch.device) -> float:
 
 @torch.inference_mode()
 def _frechets(
-    kinds: dict[str, Callable[[], Iterator[Tensor]]], n: int, network: Callable[[Tensor], Tensor], tell: Tell
+    kinds: dict[str, Callable[[], Iterator[Tensor]]], n: int, network: Callable[[Tensor], Tensor], report: Report
 ) -> dict[str, float]:
-    """Distance of each kind's features from those of the first kind."""
+    """Frechet distances between the first kind of pictures and each of the others, in the features of `network`."""
     features = {}
     for kind, chunks in kinds.items():
         parts: list[Tensor] = []
         for x in chunks():
             parts.append(network(x).float().cpu())
-            tell(f"Frechet distance, {kind}: image", sum(map(len, parts)), n)
+            report(f"Frechet distance, {kind}: image", sum(map(len, parts)), n)
         features[kind] = torch.cat(parts)
     first, *others = features
     return {kind: frechet(features[first], features[kind]) for kind in others}
@@ -165,15 +166,15 @@ def _chunks(split: Split, most: int) -> Iterator[Tensor]:
 
 
 def _drawn(model: DogVAE, n: int, prior: str) -> Iterator[Tensor]:
-    """`n` samples as they would be seen: rounded to 8 bits."""
+    """`n` samples (b, 3, h, h) in [0, 1], rounded to 8 bits as in a picture file."""
     for z in torch.from_numpy(model.sample_latents(n, prior=prior)).split(CHUNK):
         yield torch.from_numpy(to_uint8(model.model.decode_mean(z.to(model.device)))).float() / 255
 
 
 def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Images (b, 3, h, h) in [0, 1] to the 2,048 features before torchvision's Inception v3 classifies them.
+    """A function from images (b, 3, h, h) in [0, 1] to the (b, 2048) inputs of the classifier of Inception v3.
 
-    Its weights are torchvision's, downloaded once: the distances compare among themselves, not with published ones.
+    The weights are torchvision's and are downloaded once, so the distances do not compare with published ones.
     """
     import socket
 
@@ -198,7 +199,7 @@ def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def table(figures: dict[str, Any], samples: int) -> str:
-    """The figures for people."""
+    """The figures of `measure` as a table for people."""
     rows = [
         ("negative ELBO, N(0, I)", f"{figures['loss']:,.1f} nats"),
         ("  reconstruction", f"{figures['reconstruction']:,.1f} nats"),
@@ -220,5 +221,5 @@ def table(figures: dict[str, Any], samples: int) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value:>14}" for name, value in rows]
     if figures["without_inception"]:
-        lines.append(f"{figures['without_inception']}; all else was computed")
+        lines.append(f"{figures['without_inception']}; everything else was computed")
     return "\n".join([f"{figures['images']:,} validation images", *lines])

@@ -1,10 +1,8 @@
-"""Playing with an exported model: sampling, reconstructing, walking from one dog to another. Imports no Ray."""
+"""`DogVAE`, a trained model: it samples, reconstructs, interpolates and finds neighbours. Does not import Ray."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,14 +10,11 @@ from typing import Any
 
 import numpy as np
 import psutil
-import safetensors.torch
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dogvae import rng
-from dogvae.config import ModelConfig
 from dogvae.data.dataset import Dataset, Split
 from dogvae.errors import UsageError
 from dogvae.inference.user_images import Picture, Pictures, pixels
@@ -27,79 +22,22 @@ from dogvae.network.prior import Mixture
 from dogvae.network.vae import VAE
 from dogvae.pictures import to_uint8
 from dogvae.rng import Stream
-from dogvae.storage import Storage
 
-EXPORT_FORMAT, EXPORT_VERSION = "dogvae-export", 2
-SPAN = 3.0  # how far pictures of a principal direction go, in standard deviations
+SPAN = 3.0  # standard deviations that pictures of a principal direction extend to each side
 PRIORS = ("mixture", "gaussian", "normal")  # the first is the default
 METHODS = ("linear", "spherical")
-BATCH = 256  # latents drawn, and training images encoded, at once
-# How many pictures the network takes at once where a person looks at each: always as many, if need be padded, so that a
-# picture does not depend on those beside it. One is as fast as many on a CPU.
-CHUNK = {"cpu": 1, "cuda": 64}
-
-
-def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:
-    """The model of an export folder, also `s3://...`, on `device` (default: the GPU if there is one).
-
-    Nothing in the folder is executed. Raises UsageError if it is no export, of another version, or damaged.
-    """
-    folder, place = Storage(path), _device(device)
-    try:
-        about = json.loads(folder.read("config.json"))
-    except (OSError, ValueError) as error:
-        why = "it has no config.json" if isinstance(error, FileNotFoundError) else str(error)
-        if not folder.exists(""):
-            why = "there is no such folder"
-        elif isinstance(error, NotADirectoryError):
-            why = "it is no folder"
-        raise UsageError(f"{path} is no exported model: {why}; a run keeps its own in RUN/export") from error
-    if not isinstance(about, dict) or about.get("format") != EXPORT_FORMAT:
-        raise UsageError(f"{path} is no exported model; a run keeps its own in RUN/export")
-    if (version := about.get("version")) != EXPORT_VERSION:
-        older = isinstance(version, int) and version < EXPORT_VERSION
-        remedy = "export it again: dogvae export RUN" if older else "it needs a newer dogvae"
-        raise UsageError(f"{path} has format version {version}, this dogvae reads {EXPORT_VERSION}: {remedy}")
-    try:
-        tensors = {}
-        for name in ("model.safetensors", "prior.safetensors"):
-            content = folder.read(name)
-            if hashlib.sha256(content).hexdigest() != about["files"][name]:
-                raise UsageError(f"{path}/{name} is damaged: it is not what was exported; export the run again")
-            tensors[name] = safetensors.torch.load(content)
-        model = VAE(_config(about["model"]))
-        model.load_state_dict(tensors["model.safetensors"])
-        return DogVAE(model, place, about, tensors["prior.safetensors"])
-    except UsageError:
-        raise
-    except OSError as error:
-        raise UsageError(f"{path} is damaged: {error}; export the run again") from error
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}; export the run again") from error
-
-
-def _config(settings: dict[str, Any]) -> ModelConfig:
-    try:
-        return ModelConfig(**settings)
-    except UsageError as error:
-        raise ValueError(f"config.json: {error}") from error
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UsageError(f"--device: {device} is no device; cpu or cuda") from error
-    if place.type not in CHUNK or (place.type == "cuda" and not torch.cuda.is_available()):
-        raise UsageError(f"--device: {device} is not to be had here; leave it out, or say cpu")
-    return place
+BATCH = 256  # latents drawn, or training images encoded, at a time; another number would change the samples of a seed
+# Fixed batch of the network, by device type. Shorter batches are padded, so that an image never depends on its batch
+# mates. On a CPU one image at a time is as fast as many.
+INFERENCE_BATCH = {"cpu": 1, "cuda": 64}
 
 
 class DogVAE:
-    """A trained model. Pictures come out as uint8 arrays (n, h, w, 3), or as PIL images with `pil=True`.
+    """A trained model.
 
-    What pictures may go in as: see `dogvae.inference.user_images`. Latents are float32 arrays (n, d, 4, 4).
-    `latent_shape` is (d, 4, 4), `size` is h, and `about` is the export's config.json.
+    Returned pictures are uint8 arrays (n, h, h, 3), or lists of PIL images with `pil=True`. Latents are float32 arrays
+    (n, d, 4, 4). `dogvae.inference.user_images` says which kinds of pictures the methods take.
+    `latent_shape` is (d, 4, 4), `size` is h in pixels, and `about` is the export's config.json.
     """
 
     def __init__(self, model: VAE, device: torch.device, about: dict[str, Any], prior: dict[str, Tensor]) -> None:
@@ -108,7 +46,7 @@ class DogVAE:
         self.about = about
         self.size: int = model.config.image_size
         self.latent_shape = model.latent_shape
-        d = math.prod(model.latent_shape)
+        dims = math.prod(model.latent_shape)
         self._priors = {
             name: Mixture(*(prior[f"{name}.{part}"] for part in ("weights", "means", "factors")))
             for name in ("mixture", "gaussian")
@@ -116,36 +54,37 @@ class DogVAE:
         directions, scales = prior["directions"], prior["scales"]
         for mixture in self._priors.values():
             k = len(mixture.weights)
-            if not k or (mixture.means.shape, mixture.factors.shape) != ((k, d), (k, d, d)):
-                raise ValueError("its prior is another model's")
-        if directions.shape != (len(scales), d):
-            raise ValueError("its directions are another model's")
+            if not k or (mixture.means.shape, mixture.factors.shape) != ((k, dims), (k, dims, dims)):
+                raise ValueError("its prior belongs to another model")
+        if directions.shape != (len(scales), dims):
+            raise ValueError("its directions belong to another model")
         self.directions: np.ndarray = directions.reshape(-1, *self.latent_shape).numpy()
-        """Principal directions (r, d, 4, 4) of the training images' posterior means, unit length, widest first."""
+        """Principal directions (r, d, 4, 4) of the training images' posterior means: unit length, widest first."""
         self.scales: np.ndarray = scales.numpy()
-        """Standard deviation (r,) of the training images along each direction."""
+        """Standard deviations (r,) of the training images' posterior means along each direction."""
         self.moves: np.ndarray = self.directions * self.scales[:, None, None, None]
-        """One standard deviation (r, d, 4, 4) along each direction."""
+        """The directions (r, d, 4, 4) scaled to a length of one standard deviation."""
         self.mean: np.ndarray = self._priors["gaussian"].means[0].reshape(self.latent_shape).numpy()
         """Mean latent (d, 4, 4) of the training images."""
 
     def sample(self, n: int, seed: int = 0, temperature: float = 1.0, prior: str = PRIORS[0], pil: bool = False) -> Any:
-        """`n` new dogs (n, h, w, 3) uint8. The same seed gives the same dogs, and more of them begins with fewer.
+        """`n` new dogs (n, h, h, 3) uint8. A seed always gives the same dogs; a smaller `n` gives the first of them.
 
         `prior`: "mixture" or "gaussian", fitted to the training images' latents, or "normal", N(0, I) as in the
-        notebook. `temperature` scales what is drawn around the prior's means: below 1, more ordinary dogs.
+        notebook. `temperature` scales the distance from the prior's means: below 1, more ordinary dogs. Raises
+        UsageError if an argument is out of range, or if the pictures would not fit into memory.
         """
-        _fits(n, 3 * self.size**2)
+        _check_memory(n, 3 * self.size**2)
         return self._out(np.concatenate(list(self.samples(n, seed, temperature, prior))), pil)
 
     def samples(self, n: int, seed: int = 0, temperature: float = 1.0, prior: str = PRIORS[0]) -> Iterator[np.ndarray]:
-        """What `sample` gives, in batches of at most 256: any number of pictures in little memory."""
+        """The pictures of `sample` in batches (b, h, h, 3) of at most 256, for numbers that do not fit into memory."""
         for latents in self._latents(n, seed, temperature, prior):
             yield self.decode(latents)
 
     def sample_latents(self, n: int, seed: int = 0, temperature: float = 1.0, prior: str = PRIORS[0]) -> np.ndarray:
-        """The latents (n, d, 4, 4) of what `sample` gives."""
-        _fits(n, 4 * self.mean.size)
+        """The latents (n, d, 4, 4) of the pictures of `sample`."""
+        _check_memory(n, 4 * self.mean.size)
         return np.concatenate(list(self._latents(n, seed, temperature, prior)))
 
     def _latents(self, n: int, seed: int, temperature: float, prior: str) -> Iterator[np.ndarray]:
@@ -154,22 +93,22 @@ class DogVAE:
         if seed < 0:
             raise UsageError(f"--seed: {seed} is too small, it must be at least 0")
         if not 0 <= temperature < float("inf"):
-            raise UsageError(f"--temperature: {temperature} must be a number from 0 up")
+            raise UsageError(f"--temperature: {temperature} must be a finite number, at least 0")
         _check_prior(prior)
         for batch, start in enumerate(range(0, n, BATCH)):
-            # Always whole batches, each from numbers of its own: a dog does not depend on how many are asked for.
+            # Each batch has its own random stream and is drawn whole, so that a dog does not depend on `n`.
             noise = rng.normal((BATCH, self.mean.size), Stream.SAMPLE, seed, batch)
             if prior == "normal":
                 z = temperature * noise
             else:
-                chance = torch.Generator().manual_seed(rng.seed(Stream.COMPONENT, seed, batch))
-                uniform = torch.rand(BATCH, generator=chance)
+                generator = torch.Generator().manual_seed(rng.seed(Stream.COMPONENT, seed, batch))
+                uniform = torch.rand(BATCH, generator=generator)
                 z = self._priors[prior].draw(uniform, noise, temperature)
             yield z[: n - start].reshape(-1, *self.latent_shape).numpy()
 
     def log_prior(self, latents: np.ndarray, prior: str = PRIORS[0]) -> np.ndarray:
         """Log density (n,) in nats, float64, of latents (n, d, 4, 4) under a prior."""
-        z = self._z(latents).flatten(1).double()
+        z = self._latent_tensor(latents).flatten(1).double()
         _check_prior(prior)
         if prior == "normal":
             return torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1).numpy()
@@ -177,18 +116,18 @@ class DogVAE:
 
     @torch.inference_mode()
     def encode(self, pictures: Pictures) -> np.ndarray:
-        """Posterior means (n, d, 4, 4) float32 of pictures."""
+        """Posterior means (n, d, 4, 4) float32 of n pictures. Raises UsageError if a picture cannot be used."""
         x = torch.from_numpy(pixels(pictures, self.size))
-        return self._chunked(lambda part: self.model.encoder(part.float() / 255)[0].cpu().numpy(), x)
+        return self._in_batches(lambda part: self.model.encoder(part.float() / 255)[0].cpu().numpy(), x)
 
     @torch.inference_mode()
     def decode(self, latents: np.ndarray | Tensor, pil: bool = False) -> Any:
-        """Pictures (n, h, w, 3) uint8 of latents (n, d, 4, 4)."""
-        out = self._chunked(lambda part: to_uint8(self.model.decode_mean(part)), self._z(latents))
+        """Pictures (n, h, h, 3) uint8 of latents (n, d, 4, 4)."""
+        out = self._in_batches(lambda part: to_uint8(self.model.decode_mean(part)), self._latent_tensor(latents))
         return self._out(np.ascontiguousarray(out.transpose(0, 2, 3, 1)), pil)
 
-    def _z(self, latents: np.ndarray | Tensor) -> Tensor:
-        """Latents (n, d, 4, 4) of any number type and memory layout, as float32 on the CPU."""
+    def _latent_tensor(self, latents: np.ndarray | Tensor) -> Tensor:
+        """Latents (n, d, 4, 4) of any dtype and memory layout as float32 on the CPU, checked."""
         array = latents.detach().cpu().numpy() if isinstance(latents, Tensor) else latents
         z = torch.from_numpy(np.array(array, np.float32, order="C"))
         if z.shape[1:] != self.latent_shape:
@@ -198,10 +137,11 @@ class DogVAE:
             raise UsageError("latents hold numbers that are not finite")
         return z
 
-    def _chunked(self, network: Callable[[Tensor], np.ndarray], x: Tensor) -> np.ndarray:
+    def _in_batches(self, network: Callable[[Tensor], np.ndarray], x: Tensor) -> np.ndarray:
+        """`network` applied to x in batches of INFERENCE_BATCH."""
         if not len(x):
             raise UsageError("there are no pictures")
-        size, out = CHUNK[self.device.type], []
+        size, out = INFERENCE_BATCH[self.device.type], []
         for part in x.split(size):
             padded = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
             out.append(network(padded.to(self.device))[: len(part)])
@@ -211,49 +151,52 @@ class DogVAE:
         return [Image.fromarray(p) for p in pictures_nhwc] if pil else pictures_nhwc
 
     def reconstruct(self, pictures: Pictures, pil: bool = False) -> Any:
-        """Pictures (n, h, w, 3) uint8 through the latent and back."""
+        """Pictures (n, h, h, 3) uint8, encoded and decoded again."""
         return self.decode(self.encode(pictures), pil)
 
     def prepared(self, pictures: Pictures) -> np.ndarray:
-        """Pictures as the model sees them, (n, h, w, 3) uint8."""
+        """Pictures as the encoder gets them: cropped and resized to (n, h, h, 3) uint8."""
         return np.ascontiguousarray(pixels(pictures, self.size).transpose(0, 2, 3, 1))
 
     def interpolate(self, a: Picture, b: Picture, steps: int = 32, method: str = METHODS[0], pil: bool = False) -> Any:
-        """A walk (steps, h, w, 3) uint8 from the reconstruction of one picture to that of the other: see `path`."""
+        """Pictures (steps, h, h, 3) uint8 on the way from the reconstruction of `a` to that of `b`: see `path`."""
         return self.walk([a, b], steps, method, pil)
 
     def walk(self, pictures: Sequence[Picture], steps: int = 32, method: str = METHODS[0], pil: bool = False) -> Any:
-        """A walk from each picture to the next, `steps` from one to the other: see `path`."""
+        """Pictures on the way through m pictures, `steps` from each to the next: see `path`.
+
+        Returns ((m - 1) * (steps - 1) + 1, h, h, 3) uint8.
+        """
         return self.decode(self.path(self.encode(pictures), steps, method), pil)
 
     def path(self, latents: np.ndarray, steps: int = 32, method: str = METHODS[0]) -> np.ndarray:
-        """The latents ((m - 1) * (steps - 1) + 1, d, 4, 4) of a walk through m latents, each of which is met exactly.
+        """Latents ((m - 1) * (steps - 1) + 1, d, 4, 4) on the way through m latents, which are themselves among them.
 
-        `method`: "linear", or "spherical" (Shoemake 1985), which turns from one to the other and keeps the distance
-        from the origin that latents have, where a straight line would cut the corner (White 2016).
+        `method`: "linear", or "spherical" interpolation (Shoemake 1985). A straight line passes closer to the origin
+        than latents usually lie; the spherical path keeps their distance from it (White 2016).
         """
         if steps < 2:
             raise UsageError(f"--steps: {steps} is too small, it must be at least 2")
         if method not in METHODS:
             raise UsageError(f"--method: {method!r} is none of {', '.join(METHODS)}")
-        z = self._z(latents)
+        z = self._latent_tensor(latents)
         if len(z) < 2:
             raise UsageError("a walk needs at least two pictures")
-        _fits((len(z) - 1) * steps, 3 * self.size**2)
+        _check_memory((len(z) - 1) * steps, 3 * self.size**2)
         t = torch.linspace(0, 1, steps)[:, None, None, None]
         between = torch.lerp if method == "linear" else _slerp
         legs = [between(start, end, t) for start, end in itertools.pairwise(z)]
         return torch.cat([*(leg[:-1] for leg in legs[:-1]), legs[-1]]).numpy()
 
     def check_size(self, dataset: Dataset) -> None:
-        """UsageError unless the dataset's images are of this model's size."""
+        """Raise UsageError unless the dataset's images have this model's size."""
         if dataset.size != self.size:
-            raise UsageError(f"{dataset.path} has images of {dataset.size} pixels, this model is for {self.size}")
+            raise UsageError(f"{dataset.path} has images of {dataset.size} pixels, this model needs {self.size}")
 
     def direction(self, photos_with: Pictures, photos_without: Pictures) -> np.ndarray:
-        """The direction (d, 4, 4) from the mean latent of the one pictures to that of the others: add it to a latent.
+        """mean(with) - mean(without), (d, 4, 4): adding it to a latent moves towards `photos_with`.
 
-        Larsen et al. 2016 call it an attribute vector.
+        The means are over the photos' posterior means. Larsen et al. 2016 call the difference an attribute vector.
         """
         return self.encode(photos_with).mean(axis=0) - self.encode(photos_without).mean(axis=0)
 
@@ -266,17 +209,18 @@ class DogVAE:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The `k` nearest training images of each of n pictures, by Euclidean distance of their posterior means.
 
-        Returns their indices (n, k) in the training split, distances (n, k), and the images (n, k, h, w, 3) uint8.
-        Raises UsageError if the dataset's images are of another size.
+        Returns their indices (n, k) in the training split, distances (n, k), and images (n, k, h, h, 3) uint8; fewer
+        than `k` if there are fewer training images. `progress(done, total)` counts encoded training images.
+        Raises UsageError if the dataset's images have another size.
         """
         if k < 1:
             raise UsageError(f"-k: {k} is too small, it must be at least 1")
         data = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
         self.check_size(data)
-        mine = torch.from_numpy(self.encode(pictures)).flatten(1)
-        theirs = posteriors(self.model, data.train, self.device, progress=progress)[0]
-        distances, indices = torch.cdist(mine, theirs, compute_mode="donot_use_mm_for_euclid_dist").topk(
-            min(k, len(theirs)), largest=False
+        queries = torch.from_numpy(self.encode(pictures)).flatten(1)
+        means = posteriors(self.model, data.train, self.device, progress=progress)[0]
+        distances, indices = torch.cdist(queries, means, compute_mode="donot_use_mm_for_euclid_dist").topk(
+            min(k, len(means)), largest=False
         )
         images = data.train.gather(indices.flatten().numpy()).numpy().transpose(0, 2, 3, 1)
         return indices.numpy(), distances.numpy(), images.reshape(*indices.shape, *images.shape[1:])
@@ -290,7 +234,7 @@ def posteriors(
     most: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor]:
-    """Posterior means and variances, each (n, d) float32 on the CPU, of a split's first `most` images."""
+    """Posterior means and variances, each (n, d * 16) float32 on the CPU, of the first `most` images (default: all)."""
     n = min(len(split), most or len(split))
     mu, var = [], []
     for x in split.chunks(BATCH, most):
@@ -306,18 +250,21 @@ def _check_prior(prior: str) -> None:
         raise UsageError(f"--prior: {prior!r} is none of {', '.join(PRIORS)}")
 
 
-def _fits(n: int, nbytes: int) -> None:
-    """UsageError if `n` pictures of so many bytes each would fill more than half of the memory that is free."""
+def _check_memory(n: int, nbytes: int) -> None:
+    """Raise UsageError if `n` pictures of `nbytes` each would fill more than half of the free memory."""
     free = psutil.virtual_memory().available
     if n * nbytes > free / 2:
         raise UsageError(
-            f"-n: {n:,} pictures take {n * nbytes / 1e9:,.0f} GB, here are {free / 1e9:.0f} GB free; "
-            "`samples` gives them one batch after another, and `dogvae sample -o FILE.npy` writes them so"
+            f"-n: {n:,} pictures take {n * nbytes / 1e9:,.0f} GB, and only {free / 1e9:.0f} GB are free; "
+            "`samples` yields them in batches, and `dogvae sample -o FILE.npy` writes them in batches"
         )
 
 
 def _slerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
-    """Spherical interpolation between two latents, t (steps, 1, 1, 1) in [0, 1]; straight where there is no angle."""
+    """Spherical interpolation between two latents at t (steps, 1, 1, 1) in [0, 1].
+
+    Linear where the angle between the latents is 0 or pi, or undefined because one of them is 0.
+    """
     a, b = start.double(), end.double()
     norms = a.norm() * b.norm()
     angle = torch.acos(((a * b).sum() / norms).clamp(-1, 1)) if norms > 0 else torch.zeros(())

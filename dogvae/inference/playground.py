@@ -1,7 +1,7 @@
-"""The playground: a page on which an exported model is played with, and the little server behind it. Imports no Ray.
+"""The playground: a web page for trying out an exported model, and its server. Does not import Ray.
 
-The server keeps nothing: a dog is its latent, which the page gets, keeps and sends back. So it can have any number of
-replicas (`dogvae.inference.serve`).
+The server keeps no state. A dog is its latent, which the page receives, keeps and sends back, so that any number of
+replicas can share the requests (`dogvae.inference.serve`).
 """
 
 from __future__ import annotations
@@ -30,29 +30,30 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dogvae.console import say, stop_signals
 from dogvae.errors import UsageError
-from dogvae.inference.model import METHODS, PRIORS, SPAN, DogVAE, load
+from dogvae.inference.load import load
+from dogvae.inference.model import METHODS, PRIORS, SPAN, DogVAE
 from dogvae.inference.user_images import photo
 from dogvae.pictures import animation, png
 
 PAGE = Path(__file__).with_name("playground.html")
-SLIDERS = 12  # principal directions on the page
-MOST_BYTES = 20 << 20  # of an upload
-PIECE = 4  # pictures that are decoded before others have their turn
+SLIDERS = 12  # principal directions that the page offers
+MOST_BYTES = 20 << 20  # of a request's body
+PIECE = 4  # pictures of a request that are decoded before other requests get their turn
 MOST_SAMPLES, MOST_STOPS, MOST_STEPS = 64, 8, 64
-EVERYWHERE = ("0.0.0.0", "::")  # to listen at, but no browser can go there
+EVERYWHERE = ("0.0.0.0", "::")  # a server can listen on these, but a browser cannot open them
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-POLICY = (  # the page needs nothing from elsewhere, and no other page may frame it
+POLICY = (  # the page loads nothing from other hosts, and no other page may frame it
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 
-# Latents (n, d, 4, 4) to pictures (n, h, w, 3): on one machine a thread, on a cluster a batch of several requests.
+# Latents (n, d, 4, 4) to pictures (n, h, h, 3): in a thread of this server, or on a cluster batched over requests.
 Decode = Callable[[np.ndarray], Awaitable[np.ndarray]]
-Latent = Annotated[str, Field(max_length=1 << 18)]  # float32 numbers, little-endian, in base64
+Latent = Annotated[str, Field(max_length=1 << 18)]  # little-endian float32 numbers in base64
 
 
 class Sample(BaseModel):
-    """A new litter."""
+    """A request for `n` new dogs, a litter."""
 
     n: int = Field(12, ge=1, le=MOST_SAMPLES)
     seed: int = Field(0, ge=0, lt=2**53)
@@ -61,34 +62,34 @@ class Sample(BaseModel):
 
 
 class Move(BaseModel):
-    """A dog, and how far to move it along each principal direction, in standard deviations."""
+    """A request to move a dog by `shifts` along the first principal directions, in standard deviations."""
 
     latent: Latent
     shifts: list[Annotated[float, Field(ge=-SPAN, le=SPAN)]] = Field([], max_length=SLIDERS)
 
 
 class Walk(BaseModel):
-    """A walk through dogs; `steps` from one to the next."""
+    """A request for a walk through several dogs, with `steps` from each to the next."""
 
     latents: list[Latent] = Field(min_length=2, max_length=MOST_STOPS)
     steps: int = Field(33, ge=2, le=MOST_STEPS)
     method: str = Field(METHODS[0], max_length=32)
 
 
-class _Limit:
-    """Refuses a request whose body is larger than may be, while it comes: nothing of that size is ever in memory."""
+class _BodyLimit:
+    """Refuses a body of more than MOST_BYTES while it is received, so that it never fills the memory."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        came = 0
+        received = 0
 
         async def limited() -> Message:
-            nonlocal came
+            nonlocal received
             message = await receive()
-            came += len(message.get("body", b""))
-            if came > MOST_BYTES:
+            received += len(message.get("body", b""))
+            if received > MOST_BYTES:
                 raise HTTPException(413, f"a photo may have {MOST_BYTES >> 20} MB at most")
             return message
 
@@ -96,13 +97,13 @@ class _Limit:
 
 
 def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
-    """The page and what it calls, for one model. Whatever is wrong with a request is answered with 4xx and a line."""
+    """The page of one model, and the API that the page calls. Faulty requests get 4xx and an error of one line."""
     app = FastAPI(title="DogVAE playground", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_Limit)
-    reading = anyio.Lock()
-    known: dict[str, Any] = {}
+    app.add_middleware(_BodyLimit)
+    reading_photo = anyio.Lock()
+    about_model: dict[str, Any] = {}  # filled by the first request
 
-    async def dogs(latents: np.ndarray) -> list[dict[str, str]]:
+    async def dogs_of(latents: np.ndarray) -> list[dict[str, str]]:
         return [
             {"latent": _pack(latent), "picture": _url(picture)}
             for latent, picture in zip(latents, await decode(latents), strict=True)
@@ -113,9 +114,9 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
             numbers = np.frombuffer(base64.b64decode(latent, validate=True), "<f4")
             numbers = numbers.reshape(model.latent_shape).astype(np.float32)
         except ValueError as error:
-            raise UsageError("this is no latent of this model") from error
-        if not np.isfinite(numbers).all():  # on a cluster it would spoil the requests that it is decoded with
-            raise UsageError("this latent has numbers that are not finite")
+            raise UsageError("this is not a latent of this model") from error
+        if not np.isfinite(numbers).all():  # `decode` would fail, on a cluster also for the requests in the same batch
+            raise UsageError("this latent contains numbers that are not finite")
         return numbers
 
     @app.get("/")
@@ -124,12 +125,12 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
 
     @app.get("/api/about")
     async def about() -> dict[str, Any]:
-        if known:
-            return known
+        if about_model:
+            return about_model
         moves = model.moves[:SLIDERS]
         ends = [_url(p) for p in await decode(np.concatenate([model.mean - SPAN * moves, model.mean + SPAN * moves]))]
-        (mean,) = await dogs(model.mean[None])
-        known.update(
+        (mean,) = await dogs_of(model.mean[None])
+        about_model.update(
             name=name,
             size=model.size,
             latents=model.mean.size,
@@ -137,18 +138,19 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
             directions=[{"low": a, "high": b} for a, b in zip(ends[: len(moves)], ends[len(moves) :], strict=True)],
             mean=mean,
         )
-        return known
+        return about_model
 
     @app.post("/api/sample")
-    async def sample(wish: Sample) -> dict[str, Any]:
-        return {"dogs": await dogs(model.sample_latents(wish.n, wish.seed, wish.temperature, wish.prior))}
+    async def sample(request: Sample) -> dict[str, Any]:
+        latents = model.sample_latents(request.n, request.seed, request.temperature, request.prior)
+        return {"dogs": await dogs_of(latents)}
 
     @app.post("/api/move")
-    async def move(wish: Move) -> dict[str, str]:
-        n = len(wish.shifts)
-        shifts = np.array(wish.shifts, np.float32) * model.scales[:n]
-        moved = unpack(wish.latent) + np.tensordot(shifts, model.directions[:n], axes=1)
-        (dog,) = await dogs(moved[None])
+    async def move(request: Move) -> dict[str, str]:
+        n = len(request.shifts)
+        shifts = np.array(request.shifts, np.float32) * model.scales[:n]
+        moved = unpack(request.latent) + np.tensordot(shifts, model.directions[:n], axes=1)
+        (dog,) = await dogs_of(moved[None])
         return dog
 
     @app.post("/api/photo")
@@ -156,40 +158,40 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
         data = await request.body()
         if not data:
             raise UsageError("the photo is empty")
-        # One after another: a photo may be 90 million pixels, and what Pillow warns of is a setting of the process.
-        async with reading:
-            pixels = await _thread(lambda: photo(data, "this photo", model.size).transpose(1, 2, 0))
-        (dog,) = await dogs(await _thread(lambda: model.encode(pixels)))
+        # One photo at a time: it may have 90 million pixels, and Pillow's warnings are set for the whole process.
+        async with reading_photo:
+            pixels = await in_thread(lambda: photo(data, "this photo", model.size).transpose(1, 2, 0))
+        (dog,) = await dogs_of(await in_thread(lambda: model.encode(pixels)))
         return {**dog, "photo": _url(pixels)}
 
-    def path(wish: Walk) -> np.ndarray:
-        return model.path(np.stack([unpack(latent) for latent in wish.latents]), wish.steps, wish.method)
+    def path(request: Walk) -> np.ndarray:
+        return model.path(np.stack([unpack(latent) for latent in request.latents]), request.steps, request.method)
 
     @app.post("/api/walk")
-    async def walk(wish: Walk) -> dict[str, Any]:
-        return {"dogs": await dogs(path(wish))}
+    async def walk(request: Walk) -> dict[str, Any]:
+        return {"dogs": await dogs_of(path(request))}
 
     @app.post("/api/walk.gif")
-    async def gif(wish: Walk) -> Response:
-        pictures = await decode(path(wish))
-        content = await _thread(lambda: animation(pictures, ".gif"))
+    async def gif(request: Walk) -> Response:
+        pictures = await decode(path(request))
+        content = await in_thread(lambda: animation(pictures, ".gif"))
         headers = {"Content-Disposition": "attachment; filename=walk.gif"}
         return Response(content, media_type="image/gif", headers=headers)
 
     @app.exception_handler(UsageError)
-    async def mistaken(request: Request, error: UsageError) -> JSONResponse:
+    async def usage_error(request: Request, error: UsageError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, 400)
 
     @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
 
     @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=400)  # that nobody reads
+    async def disconnected(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # the client is gone and does not read it
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
         return JSONResponse({"error": f"{where or 'request'}: {first['msg']}"}, 422)
@@ -198,67 +200,68 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
 
 
 def serve(export: str, device: str | None, host: str, port: int) -> int:
-    """Serve the page until Ctrl-C or SIGTERM; returns 128 + the signal.
+    """Serve the page on `port` (0: a free one) until Ctrl-C or SIGTERM. Returns 128 + the signal, or 1 if it failed.
 
-    On `port`, or a free one if it is 0. Raises UsageError if `export` is no export or the place cannot be listened on.
+    Raises UsageError if `export` is not an export, or if the server cannot listen on `host` and `port`.
     """
     import uvicorn
 
     listener = _listen(host, port)
     with listener, stop_signals() as stopped:
         model = load(export, device)
-        one = anyio.Lock()  # the network uses all cores for one call: two at a time are not sooner ready
+        network = anyio.Lock()  # one call of the network uses all cores, so two at a time are no faster
 
         async def decode(latents: np.ndarray) -> np.ndarray:
             pictures = []
             for start in range(0, len(latents), PIECE):
-                async with one:  # whoever waits longest is next: a slider does not wait for all of a long walk
-                    pictures.append(await _thread(partial(model.decode, latents[start : start + PIECE])))
+                async with network:  # first come, first served: a slider does not wait for the whole of a long walk
+                    pictures.append(await in_thread(partial(model.decode, latents[start : start + PIECE])))
             return np.concatenate(pictures)
 
-        app = make_app(model, _name(export), decode)
+        app = make_app(model, model_name(export), decode)
         if host in LOOPBACK:
-            # Otherwise a page from elsewhere could reach this server by a name of its own that means 127.0.0.1.
+            # Against DNS rebinding: another site's page could point its own host name at 127.0.0.1.
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
         name = socket.gethostname() if host in EVERYWHERE else host
         address = f"[{name}]" if ":" in name else name
         say(f"playground  http://{address}:{listener.getsockname()[1]}")
         if host not in LOOPBACK:
-            say(f"listening on {host}: whoever can reach this machine can use the page, and upload photos to it")
+            say(f"listening on {host}: anyone who can reach this machine can use the page, and upload photos to it")
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         while thread.is_alive() and not stopped:
             thread.join(0.2)
         server.should_exit = True
         thread.join(5)
-        if thread.is_alive():  # in a long request, and torch aborts when Python ends under it
+        if thread.is_alive():  # in a long request; torch would abort if Python shut down during it
             sys.stdout.flush()
             os._exit(128 + stopped[0])
         return 128 + stopped[0] if stopped else 1
 
 
-def _name(export: str) -> str:
-    """`runs/dogs/export` -> `dogs`."""
+def model_name(export: str) -> str:
+    """The name of the run: `runs/dogs/export` -> `dogs`."""
     folder = Path(export).absolute()
     return folder.parent.name if folder.name == "export" else folder.name
 
 
 def _listen(host: str, port: int) -> socket.socket:
     if not 0 <= port < 65536:
-        raise UsageError(f"--port {port}: must be from 0 to 65535; leave it out for a free one")
+        raise UsageError(f"--port {port}: must be from 0 to 65535; leave it out to use a free port")
     try:
         kind = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen()  # from now on nobody else gets the port, and whoever comes early waits
+        listener.listen()  # reserves the port, and lets clients wait until the server has started
     except OSError as error:
         raise UsageError(f"--host {host} --port {port}: {error.strerror or error}") from error
     return listener
 
 
-async def _thread(work: Callable[[], Any]) -> Any:
+async def in_thread(work: Callable[[], Any]) -> Any:
+    """The result of `work`, run in a thread so that the event loop goes on."""
     return await anyio.to_thread.run_sync(work)
 
 

@@ -1,9 +1,9 @@
-"""What a person may hand over as a picture, to the pixels that the model sees.
+"""Converts the kinds of pictures that users pass to the pixels that the model gets.
 
-A picture is one of: a path; a PIL image; a numpy array (h, w, 3) or grey (h, w); a torch tensor (3, h, w) or (1, h, w).
-An array (3, h, w) would be three grey pictures: torch's order of axes is for tensors.
-Arrays and tensors are uint8, or floating point in [0, 1]. Any size: it is cropped and resized as for training. Pictures
-are a sequence of those, an array or tensor with one more axis in front, or a single picture.
+A picture is a path, a PIL image, a numpy array (h, w, 3) or grey (h, w), or a torch tensor (3, h, w) or (1, h, w).
+An array (3, h, w) is read as three grey pictures; channels come first in tensors only. Arrays and tensors are uint8,
+or floating point in [0, 1]. Pictures of any size are cropped and resized as for training. Several pictures are a
+sequence of pictures, or an array or tensor with one more axis in front.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Pictures = Picture | Sequence[Picture]
 
 
 def pixels(pictures: Pictures, size: int) -> np.ndarray:
-    """Pictures as (n, 3, size, size) uint8; UsageError says which cannot be used, and why."""
+    """One or several pictures as (n, 3, size, size) uint8. Raises UsageError that names a picture and what is wrong."""
     single = isinstance(pictures, str | Path | Image.Image) or (
         isinstance(pictures, np.ndarray | Tensor)
         and pictures.ndim <= (3 if isinstance(pictures, Tensor) or pictures.shape[-1:] == (3,) else 2)
@@ -33,16 +33,16 @@ def pixels(pictures: Pictures, size: int) -> np.ndarray:
     try:
         several: list[Any] = [pictures] if single else list(pictures)  # type: ignore[arg-type]
     except TypeError as error:
-        raise UsageError(f"{_short(pictures)} is no picture") from error
+        raise UsageError(f"{_short(pictures)} is not a picture") from error
     if isinstance(pictures, np.ndarray) and pictures.ndim == 3 and pictures.shape[2] in (1, 2, 4):
-        raise UsageError(f"an array of shape {pictures.shape} is no picture: (h, w, 3) is")
+        raise UsageError(f"an array of shape {pictures.shape} is not a picture: expected (h, w, 3)")
     if not several:
         raise UsageError("there are no pictures")
     return np.stack([_pixels(p, size) for p in several])
 
 
 def photo(data: bytes, name: str, size: int) -> np.ndarray:
-    """The pixels (3, size, size) uint8 of an image file's bytes; UsageError if it cannot be decoded."""
+    """Decode the bytes of an image file to (3, size, size) uint8. Raises UsageError, with `name`, if that fails."""
     ((_, decoded),) = crops(Photo(name, data), size)
     if isinstance(decoded, str):
         raise UsageError(f"{name} cannot be used: {decoded}")
@@ -62,34 +62,35 @@ def _pixels(picture: Any, size: int) -> np.ndarray:
     if isinstance(picture, np.ndarray | Tensor):
         picture = Image.fromarray(_bytes(picture))
     if not isinstance(picture, Image.Image):
-        raise UsageError(f"{_short(picture)} is no picture")
+        raise UsageError(f"{_short(picture)} is not a picture")
     if not (picture.width and picture.height):
-        raise UsageError(f"an image of {picture.width} x {picture.height} pixels is no picture")
+        raise UsageError(f"an image of {picture.width} x {picture.height} pixels is not a picture")
     try:
-        upright = ImageOps.exif_transpose(picture)  # as for a path: a telephone's photo may lie on its side
+        upright = ImageOps.exif_transpose(picture)  # the camera's orientation, as for a path
         _, decoded = _crop(to_rgb(upright), size, None)
-    except OSError as error:  # it was opened, and is decoded only now
+    except OSError as error:  # PIL decodes an opened image only now
         raise UsageError(f"an image cannot be used: {error}") from error
     assert isinstance(decoded, np.ndarray)
     return decoded
 
 
 def _short(thing: Any) -> str:
+    """Type and value of an argument, for an error message of one line."""
     return f"{type(thing).__name__} {' '.join(repr(thing).split())[:60]}"
 
 
 def _bytes(array: np.ndarray | Tensor) -> np.ndarray:
-    """(h, w, 3) or (h, w) uint8."""
+    """An array or a tensor of one picture as a (h, w, 3) or (h, w) uint8 array."""
     if isinstance(array, Tensor):
         if array.ndim != 3 or array.shape[0] not in (1, 3):
-            raise UsageError(f"a tensor of shape {tuple(array.shape)} is no picture: (3, h, w) is")
+            raise UsageError(f"a tensor of shape {tuple(array.shape)} is not a picture: expected (3, h, w)")
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).permute(1, 2, 0).squeeze(2).numpy()
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
-        raise UsageError(f"an array of shape {array.shape} is no picture: (h, w, 3) is")
+        raise UsageError(f"an array of shape {array.shape} is not a picture: expected (h, w, 3)")
     if np.issubdtype(array.dtype, np.floating):
-        if not (array.min() >= 0 and array.max() <= 1):  # NaN is neither
-            raise UsageError("a picture of floating point numbers must have them from 0 to 1, and no NaN")
+        if not (array.min() >= 0 and array.max() <= 1):  # also if one is NaN
+            raise UsageError("a floating point picture must have values from 0 to 1, and no NaN")
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
         raise UsageError(f"a picture of {array.dtype} is neither uint8 nor floating point from 0 to 1")

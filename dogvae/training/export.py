@@ -16,7 +16,8 @@ from dogvae.config import Config
 from dogvae.console import Progress
 from dogvae.data.dataset import Dataset
 from dogvae.errors import UsageError
-from dogvae.inference.model import EXPORT_FORMAT, EXPORT_VERSION, DogVAE, posteriors
+from dogvae.inference.load import EXPORT_FORMAT, EXPORT_VERSION
+from dogvae.inference.model import DogVAE, posteriors
 from dogvae.network import prior
 from dogvae.network.vae import VAE
 from dogvae.pictures import grid, png

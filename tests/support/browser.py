@@ -1,11 +1,11 @@
-"""Chromium, and the servers that it looks at."""
+"""Chromium's path and flags, and the TCP ports of this machine."""
 
 from __future__ import annotations
 
 import socket
 
 CHROMIUM = "/usr/bin/chromium"
-# The last four, or it looks for Google's hosts at every start, and waits for them.
+# Without the last four flags Chromium contacts Google's hosts at every start, and waits for them.
 FLAGS = "--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking"
 FLAGS += " --disable-component-update --disable-sync --no-first-run"
 

@@ -1,0 +1,328 @@
+"""The playground's page in Chromium: sliders, litters, the shelf, photos, walks, and errors."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dogvae.inference.model import DogVAE
+from dogvae.inference.playground import MOST_BYTES
+from tests.support.browser import CHROMIUM, FLAGS
+from tests.support.images import pixels
+from tests.support.playground import PHOTOS, Playground
+
+LITTER_SHOWN = "#litter .tile:nth-child(12) img[src^=data]"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not Path(CHROMIUM).exists():
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+class Page:
+    """The page in a context of its own, with its requests to the server and the messages on its console."""
+
+    def __init__(self, context: Any, server: Playground) -> None:
+        self.address, self.server = server.address, server
+        self.requests: list[str] = []
+        self.messages: list[str] = []
+        self.moving = self.most_moving = 0  # requests to /api/move in flight
+        self.page = context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("request", self._request)
+        self.page.on("requestfinished", self._finished)
+        self.page.on("requestfailed", self._finished)
+        self.page.goto(self.address)
+        self.page.wait_for_selector(LITTER_SHOWN)
+
+    def _request(self, request: Any) -> None:
+        assert request.url.startswith((self.address, "data:", "blob:")), request.url
+        self.requests += re.findall("/api/(.*)", request.url)
+        self.moving += request.url.endswith("/api/move")
+        self.most_moving = max(self.most_moving, self.moving)
+
+    def _finished(self, request: Any) -> None:
+        self.moving -= request.url.endswith("/api/move")
+
+    def src(self, selector: str) -> str:
+        return str(self.page.get_attribute(selector, "src"))
+
+    def sources(self, selector: str) -> list[str]:
+        return [str(image.get_attribute("src")) for image in self.page.locator(selector).all()]
+
+    def litter(self) -> list[str]:
+        return self.sources("#litter img")
+
+    def until(self, condition: Callable[[], object], seconds: float = 20) -> None:
+        """Playwright's own waiting for a condition needs eval, which the page's policy forbids."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end
+            self.page.wait_for_timeout(30)
+
+    def until_another_litter(self, before: list[str]) -> None:
+        self.until(lambda: not set(before) & set(self.litter()))
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def download(self, selector: str) -> tuple[str, Image.Image]:
+        """The name and the picture that a click on a button saves."""
+        with self.page.expect_download() as download:
+            self.page.click(selector)
+        return download.value.suggested_filename, Image.open(download.value.path())
+
+    def status(self) -> str:
+        return str(self.page.inner_text("#status"))
+
+    def focused(self) -> str:
+        return str(self.page.evaluate("document.activeElement.id"))
+
+    def moved(self, shifts: list[float]) -> str:
+        """The server's picture of the page's first dog, moved."""
+        request = {"n": 12, "seed": int(self.page.input_value("#seed"))}
+        latent = self.server.post("sample", json=request).json()["dogs"][0]["latent"]
+        return str(self.server.post("move", json={"latent": latent, "shifts": shifts}).json()["picture"])
+
+
+@pytest.fixture
+def page(browser: Any, server: Playground) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1440, "height": 900}, accept_downloads=True)
+    page = Page(context, server)
+    yield page
+    assert page.messages == []
+    context.close()
+
+
+def test_sliders_move_the_dog_and_buttons_reset_it(page: Page) -> None:
+    """By keyboard: the picture is that of the slider's last value."""
+    first = page.src("#dog")
+    assert first == page.litter()[0]
+    page.page.focus("#shift-0")
+    page.press(*["ArrowRight"] * 7)
+    assert page.page.input_value("#shift-0") == "0.7"
+    moved = page.moved([0.7, *[0.0] * 11])
+    page.until(lambda: page.src("#dog") == moved)
+    assert moved != first
+
+    page.press("Tab", "Enter")  # the button beside the slider, which says 0.7
+    page.until(lambda: page.src("#dog") == first)
+    assert (page.focused(), page.page.input_value("#shift-0")) == ("shift-0", "0")
+
+    page.page.get_by_text("4 more").click()
+    page.page.fill("#shift-11", "-3")
+    page.page.fill("#shift-1", "3")
+    page.until(lambda: page.src("#dog") != first)
+    page.page.click("#reset")
+    page.until(lambda: page.src("#dog") == first)
+    name, picture = page.download("#download")
+    assert (name, picture.size) == ("dog.png", (512, 512))
+
+
+def test_dragging_a_slider_sends_one_request_at_a_time(page: Page) -> None:
+    """However fast the mouse is; the last picture is that of the last value."""
+    box = page.page.locator("#shift-0").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.page.mouse.move(x, y)
+    page.page.mouse.down()
+    page.page.mouse.move(x + box["width"] / 3, y, steps=50)
+    page.page.mouse.up()
+    shift = float(page.page.input_value("#shift-0"))
+    assert shift > 1.5
+    moved = page.moved([shift, *[0.0] * 11])
+    page.until(lambda: page.src("#dog") == moved)
+    assert 1 <= page.requests.count("move") <= 50
+    assert page.most_moving == 1
+
+
+def test_litters_follow_button_key_seed_prior_and_temperature(page: Page) -> None:
+    first, seed = page.litter(), page.page.input_value("#seed")
+    assert len(set(first)) == 12
+    for _ in range(100):
+        page.press("Tab")
+        if page.focused() == "new-litter":
+            break
+    page.press("Enter")
+    page.until_another_litter(first)
+    assert page.page.input_value("#seed") != seed
+    page.page.fill("#seed", seed)
+    page.until(lambda: page.litter() == first)
+    page.press("n")  # typed into the seed
+    assert page.page.input_value("#seed") == seed
+    page.page.focus("#shift-2")
+    page.press("n")
+    page.until_another_litter(first)
+
+    second = page.litter()
+    page.page.select_option("#prior", "normal")
+    page.until_another_litter(second)
+    page.page.select_option("#prior", "mixture")
+    page.until(lambda: page.litter() == second)
+    page.page.fill("#temperature", "0")
+    page.until_another_litter(second)
+    assert page.page.inner_text("#degrees") == "0.00"
+    page.page.fill("#temperature", "1")
+    page.until(lambda: page.litter() == second)
+
+
+def test_shelf_keeps_dogs_over_a_reload(page: Page) -> None:
+    litter, pins = page.litter(), page.page.locator("#litter .pin")
+    page.page.locator("#litter button").nth(2).click()
+    page.until(lambda: page.src("#dog") == litter[2])
+    page.page.click("#keep")
+    assert pins.nth(2).is_checked()
+    pins.nth(5).check()
+    pins.nth(6).check()
+    pins.nth(6).uncheck()
+    assert page.sources("#shelf img") == [litter[2], litter[5]]
+    page.page.reload()
+    page.page.wait_for_selector(LITTER_SHOWN)
+    assert page.sources("#shelf img") == [litter[2], litter[5]]
+    page.page.locator("#shelf .pic").nth(1).click()
+    page.until(lambda: page.src("#dog") == litter[5])
+    page.page.locator("#shelf button[title=remove]").first.click()
+    assert page.sources("#shelf img") == [litter[5]]
+    assert page.page.evaluate("document.activeElement.title") == "remove"  # of the next dog, for the keyboard
+
+
+def test_two_photos_become_a_walk(page: Page, model: DogVAE) -> None:
+    files = [{"name": f"{i}.png", "mimeType": "image/png", "buffer": photo} for i, photo in enumerate(PHOTOS)]
+    page.page.set_input_files("#photos", files)
+    page.page.wait_for_selector("#frame[src]")
+    ends = [model.reconstruct(Image.open(io.BytesIO(photo)))[0] for photo in PHOTOS]
+    for slot, end in zip(("#walk-from img", "#walk-to img"), ends, strict=True):
+        assert np.array_equal(pixels(page.src(slot)), end)
+    assert page.page.locator("#shelf .photo img").count() == 4
+
+    page.page.focus("#walk")
+    requests = len(page.requests)
+    for key, at, end in (("Home", "0", ends[0]), ("ArrowRight", "1", None), ("End", "32", ends[1])):
+        page.press(key)
+        assert page.page.input_value("#walk") == at
+        assert end is None or np.array_equal(pixels(page.src("#frame")), end)
+    page.page.fill("#walk", "16")
+    middle = pixels(page.src("#frame"))
+    assert not any(np.array_equal(middle, end) for end in ends)
+    assert len(page.requests) == requests  # the page has all steps already
+
+    name, animation = page.download("#gif")
+    assert name == "walk.gif"
+    durations = 0
+    for frame in range(animation.n_frames):
+        animation.seek(frame)
+        durations += animation.info["duration"]
+    assert durations == 64 * 50
+    assert page.download("#download-frame")[1].size == (512, 512)
+
+    page.page.click("#play")
+    page.until(lambda: page.page.input_value("#walk") != "16")
+    page.page.click("#play")
+    straight = page.src("#frame")
+    page.page.select_option("#method", "spherical")
+    page.until(lambda: page.src("#frame") != straight)
+    assert page.requests.count("walk") == 2
+    page.page.click("#take")
+    assert page.src("#dog") == page.src("#frame")
+
+
+def test_ends_of_the_walk_are_chosen_by_clicks(page: Page) -> None:
+    litter = page.litter()
+    page.page.click("#walk-from")
+    page.press("Escape")
+    page.page.click("#walk-from")
+    page.page.locator("#litter button").nth(8).click()
+    page.page.click("#use-to")
+    assert page.src("#walk-from img") == litter[8]
+    page.page.wait_for_selector("#frame[src]")
+    page.page.fill("#walk", "0")
+    page.until(lambda: page.src("#frame") == litter[8])
+    page.page.fill("#walk", "32")
+    page.until(lambda: page.src("#frame") == page.src("#dog"))
+
+
+def test_files_that_are_not_photos_are_named_and_photos_are_taken(page: Page, model: DogVAE, tmp_path: Path) -> None:
+    """Also a file whose name is HTML."""
+    name = "<img src=x onerror=alert(1)>.txt"
+    for file, content in ((name, b"a text"), ("dog.png", PHOTOS[0]), ("large.jpg", bytes(MOST_BYTES + 1))):
+        (tmp_path / file).write_bytes(content)
+    page.page.set_input_files("#photos", [tmp_path / file for file in (name, "dog.png", "large.jpg")])
+    page.until(lambda: "larger than 20 MB" in page.status())
+    assert f"{name}: this photo cannot be used: " in page.status()
+    assert np.array_equal(pixels(page.src("#walk-from img")), model.reconstruct(Image.open(io.BytesIO(PHOTOS[0])))[0])
+    assert page.requests.count("photo") == 2  # the large one is not sent
+    before = page.litter()
+    page.page.click("#new-litter")
+    page.until_another_litter(before)
+    # Chromium itself writes a line about the server's answer of 400.
+    page.messages = [line for line in page.messages if "responded with a status of 400" not in line]
+
+
+def test_dropped_photo_is_added(page: Page, model: DogVAE) -> None:
+    script = """(data) => {
+        const transfer = new DataTransfer();
+        const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+        transfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+        return transfer;
+    }"""
+    transfer = page.page.evaluate_handle(script, base64.b64encode(PHOTOS[1]).decode())
+    for event in ("dragover", "drop"):
+        page.page.dispatch_event("h1", event, {"dataTransfer": transfer})
+    page.page.wait_for_selector("#shelf .photo")
+    assert np.array_equal(pixels(page.src("#walk-from img")), model.reconstruct(Image.open(io.BytesIO(PHOTOS[1])))[0])
+
+
+def test_server_errors_are_shown_and_the_page_goes_on(page: Page) -> None:
+    before = page.litter()
+    answer = {"status": 500, "content_type": "application/json", "body": '{"error": "out of memory"}'}
+    page.page.route("**/api/sample", lambda route: route.fulfill(**answer))
+    page.page.click("#new-litter")
+    page.until(lambda: page.status() == "out of memory")
+    assert page.litter() == before
+    page.page.unroute("**/api/sample")
+    page.page.route("**/api/move", lambda route: route.abort())
+    page.page.focus("#shift-0")
+    page.press("ArrowRight")
+    page.until(lambda: "does not answer" in page.status())
+    page.page.unroute("**/api/move")
+    before_move = page.src("#dog")
+    page.press("ArrowRight")
+    page.until(lambda: page.src("#dog") != before_move)
+    page.page.click("#new-litter")
+    page.until_another_litter(before)
+    page.messages = [line for line in page.messages if "Failed to load resource" not in line]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_mobile_layout_fits_360_pixels(browser: Any, server: Playground, scheme: str) -> None:
+    """With everything open and in use."""
+    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True)
+    page = Page(context, server)
+    files = [{"name": "a" * 120 + ".png", "mimeType": "image/png", "buffer": photo} for photo in PHOTOS]
+    page.page.set_input_files("#photos", files)
+    page.page.wait_for_selector("#frame[src]")
+    page.page.get_by_text("4 more").tap()
+    page.page.locator("#litter button").first.tap()
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
+    wide = "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > 360).map(e => e.id)"
+    assert page.page.evaluate(wide) == []
+    assert page.messages == []
+    context.close()
