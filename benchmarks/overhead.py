@@ -1,6 +1,9 @@
 """What Ray costs a training: images/s beside the bare loop, and the seconds from the command to the first step.
 
     python benchmarks/overhead.py [--workers 1 2] [--repeats 3] [--json FILE]
+    python benchmarks/overhead.py --shortcuts
+
+With --shortcuts: the command alone, in turn with each shortcut of `dogvae.training.fast_start`, with some and with all.
 
 In turn: the real command, `python train_distributed.py --data ... --cpus N`, which starts Ray, and
 `dogvae.training.loop.loop` in N plain processes (under torchrun if they are more than one). Same data, settings and
@@ -32,6 +35,14 @@ import measure
 from measure import span
 
 STAGES = {"Ray": "Ray at ", "launch": " epochs on "}  # each ends with a line that has this
+SHORTCUTS = {  # a row of the table: DOGVAE_FAST_START
+    "public doors alone": "0",
+    "node": "node",
+    "controller": "controller",
+    "node, controller": "node,controller",
+    "controller, workers": "controller,workers",
+    "all": "1",
+}
 IMPORTS = "import ray, train_distributed, dogvae.data.dataset"
 
 
@@ -54,13 +65,13 @@ def bare(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-def watched(command: list[str], run: Path) -> dict[str, Any]:
+def watched(command: list[str], run: Path, shortcuts: str = "1") -> dict[str, Any]:
     """Run a command that trains into `run`: when its lines came and its first step began, and its epochs' speeds."""
     from dogvae.storage import Storage
     from dogvae.training import metrics
 
     # Ray gives its workers as many threads as they have CPUs; never a cluster that is already there.
-    env = {**measure.environment(1), "RAY_ADDRESS": "local"}
+    env = {**measure.environment(1), "RAY_ADDRESS": "local", "DOGVAE_FAST_START": shortcuts}
     came: dict[str, float] = {}
     said: list[str] = []
     began = time.time()
@@ -134,6 +145,22 @@ def compare(workers: int, args: argparse.Namespace, folder: Path) -> dict[str, A
     return found
 
 
+def shortcuts(workers: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The command with each set of shortcuts, in turn: seconds to the first step, and to its end."""
+    settings = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in ("samples", "batch_size", "width")]
+    script = [sys.executable, str(measure.ROOT / "train_distributed.py"), *settings, "--data", str(folder / "data")]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in SHORTCUTS}
+    for number in range(args.repeats):
+        for name, value in SHORTCUTS.items():
+            runs = folder / f"{name}-{workers}-{number}"
+            given = ["--epochs", str(args.epochs), "--runs", str(runs), "--name", "run", "--cpus", str(workers)]
+            found[name].append(watched([*script, *given], runs / "run", value))
+    return {
+        name: {key: measure.summary([run[key] for run in runs]) for key in ("first_step_s", "all_s")}
+        for name, runs in found.items()
+    }
+
+
 def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
@@ -143,6 +170,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shortcuts", action="store_true", help="what each shortcut of a start saves")
     for internal in ("--data", "--folder"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
@@ -157,6 +185,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         job.write_photos(Path(folder) / "data", args.images)
         for workers in args.workers:
+            if args.shortcuts:
+                found = shortcuts(workers, args, Path(folder))
+                figures["workers"][str(workers)] = found
+                lines.append(f"\n{f'{workers} workers':<20}{'first step, s':>24}{'all, s':>24}")
+                lines += [
+                    f"{name:<20}{measure.shown(f['first_step_s']):>24}{measure.shown(f['all_s']):>24}"
+                    for name, f in found.items()
+                ]
+                continue
             found = compare(workers, args, Path(folder))
             figures["workers"][str(workers)] = found
             told = ", ".join(f"{name} {measure.shown(f)}" for name, f in found["stages_s"].items())
