@@ -7,14 +7,11 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,25 +20,25 @@ import numpy as np
 import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
 from dogvae.training.metrics import Recorder
 from tests.support.browser import CHROMIUM, FLAGS, free_port, is_open
-from tests.support.command import ROOT, wait_until
-from tests.support.searches import PLAN, Remote, Spec, record, setting, write_search
+from tests.support.command import Command, wait_until
+from tests.support.searches import PLAN, Remote, Spec, record, searched, setting, write_search
 from tune import dashboard
 from tune.hparams import write_hparams
 from tune.search_folder import open_search
 from tune.trial import name_of
 
-SETTINGS = [setting(), setting(64, 0.00064, 1), setting(16, 0.0053, 3)]
-NAMES = [name_of(number, one) for number, one in enumerate(SETTINGS)]
+SPECS = [Spec(one, state="running") for one in (setting(), setting(64, 0.00064, 1), setting(16, 0.0053, 3))]
+NAMES = [name_of(number, spec.setting) for number, spec in enumerate(SPECS)]
 EPOCHS = 12  # by default TensorBoard keeps only ten pictures
-SCALARS = {
-    *("val/loss", "val/reconstruction", "val/kl", "val/explained"),
-    *("run/step", "run/images_per_s", "run/seconds"),
-}
+Capture = pytest.CaptureFixture[str]
+VALIDATION = {"val/loss", "val/reconstruction", "val/kl", "val/explained"}
+SCALARS = VALIDATION | {"run/step", "run/images_per_s", "run/seconds"}
 
 
 def trial_record(trial: int, epoch: int) -> dict[str, Any]:
@@ -63,13 +60,11 @@ def write_epochs(folder: Path, trial: int, epochs: range) -> None:
     recorder.close()
 
 
-def write_running_search(folder: Path, state: str = "done", epochs: int = EPOCHS) -> Path:
-    """The folder of a search, with the event files that training and `write_hparams` write."""
-    plan = replace(PLAN, trials=len(SETTINGS))
-    write_search(folder.parent, [Spec(one, state=state) for one in SETTINGS], plan, folder.name)
-    for number, (name, one) in enumerate(zip(NAMES, SETTINGS, strict=True)):
-        write_hparams(Storage(folder / f"trials/{name}"), name, one, PLAN.space)
-        write_epochs(folder, number, range(epochs))
+def write_events(folder: Path) -> Path:
+    """Add the event files that training and `write_hparams` write; returns the search's folder."""
+    for number, name in enumerate(NAMES):
+        write_hparams(Storage(folder / f"trials/{name}"), name, SPECS[number].setting, PLAN.space)
+        write_epochs(folder, number, range(EPOCHS))
     return folder
 
 
@@ -82,29 +77,20 @@ def get(url: str) -> Any:
 
 
 @pytest.mark.slow
-def test_pages_in_a_browser(tmp_path: Path) -> None:
+def test_pages_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path(CHROMIUM).exists():
         pytest.skip("chromium is not installed: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
-    write_running_search(tmp_path / "runs/dogs")
-    command = [sys.executable, "-m", "tune", "dashboard", "dogs", "--runs", str(tmp_path / "runs")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    env.pop("RAY_DASHBOARD_ADDRESS", None)
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    monkeypatch.delenv("RAY_DASHBOARD_ADDRESS", raising=False)
+    write_events(write_search(tmp_path / "runs", SPECS))
+    command = Command(tmp_path, "-m", "tune", "dashboard", "dogs")
     try:
-        assert process.stdout
-        assert process.stderr
-        links = {}
-        for line in process.stdout:
-            links |= dict([line.split(maxsplit=1)])
-            if "Ray" in links:
-                break
-        assert list(links) == ["starting", "settings", "curves", "pictures", "Ray"], process.stderr.read()
+        command.wait_for("\nRay  .*\n")
+        links = dict(line.split(maxsplit=1) for line in command.text().splitlines())
+        assert list(links) == ["starting", "settings", "curves", "pictures", "Ray"], command.text()
         address = links["settings"].partition("#")[0]
-        family = psutil.Process(process.pid).children(recursive=True)
+        family = command.family()
         for name in NAMES:  # a page does not update by itself: wait until TensorBoard has read everything
             last = f"{address}data/plugin/images/images?run={name}&tag=walk&sample=0"
             wait_until(lambda last=last: len(get(last)) == EPOCHS, 60)
@@ -112,23 +98,19 @@ def test_pages_in_a_browser(tmp_path: Path) -> None:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
             page = browser.new_page(viewport={"width": 1600, "height": 1000})
             page.set_default_timeout(60_000)
-            check_settings(page, links["settings"].strip(), tmp_path)
-            check_curves(page, links["curves"].strip(), tmp_path)
-            check_pictures(page, links["pictures"].strip(), tmp_path)
+            check_settings(page, links["settings"], tmp_path)
+            check_curves(page, links["curves"], tmp_path)
+            check_pictures(page, links["pictures"], tmp_path)
             browser.close()
         tags = get(f"{address}data/plugin/scalars/tags")
         assert {run: set(named) for run, named in tags.items()} == dict.fromkeys(NAMES, SCALARS)
-
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
-        assert process.stderr.read() == ""
-        assert family
+        command.process.send_signal(signal.SIGINT)
+        assert command.wait(30) == 130
+        assert len(command.text().splitlines()) == len(links)
         assert psutil.wait_procs(family, timeout=10)[1] == []
         assert not is_open(int(re.findall(r":(\d+)", address)[0]))
     finally:
-        if process.poll() is None:
-            process.terminate()
-        process.wait(30)
+        command.stop()
 
 
 def check_settings(page: Any, link: str, shots: Path) -> None:
@@ -143,15 +125,16 @@ def check_settings(page: Any, link: str, shots: Path) -> None:
     page.screenshot(path=shots / "settings.png")
     parameters, metrics = ["latent_dim", "lr", "samples"], ["loss", "reconstruction", "KL", "explained", "seconds"]
     assert header == ["Trial ID", "Show Metrics", *parameters, *metrics]
-    for number, (row, one) in enumerate(zip(rows, SETTINGS, strict=True)):
+    for number, row in enumerate(rows):
         last = trial_record(number, EPOCHS - 1)
-        values = [*one.values(), *(last[f"val_{n}"] for n in ("loss", "reconstruction", "kl", "explained"))]
+        measured = [last[key] for key in ("val_loss", "val_reconstruction", "val_kl", "val_explained", "seconds")]
         assert row[0] == f"{number:02d}"
-        assert [float(cell) for cell in row[2:10]] == pytest.approx([*values, last["seconds"]], rel=1e-4)
+        numbers = [*SPECS[number].setting.values(), *measured]
+        assert [float(cell) for cell in row[2:10]] == pytest.approx(numbers, rel=1e-4)
 
     page.get_by_text("parallel coordinates view").click()
     plot = page.locator("tf-hparams-parallel-coords-plot svg")
-    wait_until(lambda: plot.locator(".foreground path").count() == len(SETTINGS), 60)
+    wait_until(lambda: plot.locator(".foreground path").count() == len(SPECS), 60)
     page.screenshot(path=shots / "parallel.png")
     names = [text for text in plot.locator("text").all_text_contents() if not re.search(r"\d", text)]
     assert names == parameters + metrics
@@ -169,7 +152,7 @@ def check_curves(page: Any, link: str, shots: Path) -> None:
     for name, loss in last.items():
         assert any(line.startswith(f"{name} {loss:,g} {EPOCHS - 1} ") for line in lines), lines
     titles = page.locator("card-view tb-truncated-path").evaluate_all("all => all.map(tag => tag.title)")
-    assert {"val/kl", "val/loss"} <= set(titles) <= {tag for tag in SCALARS if tag.startswith("val/")}
+    assert {"val/kl", "val/loss"} <= set(titles) <= VALIDATION
     assert page.get_by_label("smoothing").locator("visible=true").last.input_value() == "0"
 
 
@@ -191,22 +174,18 @@ def check_pictures(page: Any, link: str, shots: Path) -> None:
 
 @pytest.mark.parametrize("port", ["taken", 70_000])
 def test_port_that_cannot_be_used_is_refused(tmp_path: Path, port: Any) -> None:
-    search = open_search(str(tmp_path), write_running_search(tmp_path / "dogs", epochs=1).name)
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
+    search = searched(tmp_path, [])
+    with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1] if port == "taken" else port
-        with pytest.raises(UsageError) as error:
+        message = rf"^--port {port}: .*; choose another, or leave --port out to get a free one$"
+        with pytest.raises(UsageError, match=message):
             dashboard.dashboard(search, port)
-    assert str(error.value).startswith(f"--port {port}: ")
-    assert str(error.value).endswith("; choose another, or leave --port out to get a free one")
 
 
 def test_last_line_of_a_failing_tensorboard_is_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    search = open_search(str(tmp_path), write_running_search(tmp_path / "dogs", epochs=1).name)
     monkeypatch.setattr(dashboard, "FLAGS", ("--no_such_flag",))
     with pytest.raises(RunFailed, match=r"^TensorBoard has ended: .*unrecognized arguments: --no_such_flag"):
-        dashboard.dashboard(search, 0)
+        dashboard.dashboard(searched(tmp_path, []), 0)
 
 
 @contextmanager
@@ -223,44 +202,35 @@ def answering(status: int, body: bytes) -> Iterator[str]:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
-def ray_line(capsys: pytest.CaptureFixture[str]) -> str:
-    dashboard._print_links("http://127.0.0.1:1")
-    return capsys.readouterr().out.splitlines()[-1]
-
-
 VERSION = b'{"version": "4", "ray_version": "2.60.0", "session_name": "session"}'
-NONE = "Ray       no dashboard on this machine; for the one of a cluster: ray dashboard cluster.yaml"
+NONE = "no dashboard on this machine; for the one of a cluster: ray dashboard cluster.yaml"
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "line"),
+    ("address", "status", "body", "link"),
     [
-        (200, VERSION, "Ray       {}"),
-        (401, b"Unauthorized", "Ray       {} (it asks for a token, which `ray get-auth-token` prints)"),
-        (200, b"another program", NONE),
-        (404, VERSION, NONE),
+        ("{}/", 200, VERSION, "{}"),
+        ("{}/", 401, b"Unauthorized", "{} (it asks for a token, which `ray get-auth-token` prints)"),
+        ("{}/", 200, b"another program", NONE),
+        ("{}/", 404, VERSION, NONE),
+        ("http://127.0.0.1:1", 200, VERSION, NONE),
+        ("nonsense", 200, VERSION, NONE),
+        ("http://", 200, VERSION, NONE),
     ],
 )
-def test_link_to_rays_dashboard(
-    status: int, body: bytes, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_link_to_rays_dashboard_or_how_to_open_it(
+    address: str, status: int, body: bytes, link: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    with answering(status, body) as address:
-        monkeypatch.setenv("RAY_DASHBOARD_ADDRESS", f"{address}/")
+    with answering(status, body) as server:
+        monkeypatch.setenv("RAY_DASHBOARD_ADDRESS", address.format(server))
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
-        assert ray_line(capsys) == line.format(address)
-
-
-@pytest.mark.parametrize("address", ["http://127.0.0.1:1", "nonsense", "http://"])
-def test_missing_dashboard_of_ray_says_how_to_open_one(
-    address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RAY_DASHBOARD_ADDRESS", address)
-    assert ray_line(capsys) == NONE
+        dashboard._print_links("http://127.0.0.1:1")
+        assert capsys.readouterr().out.splitlines()[-1] == f"Ray       {link.format(server)}"
 
 
 # --- an object store
@@ -268,7 +238,7 @@ def test_missing_dashboard_of_ray_says_how_to_open_one(
 
 def test_only_new_bytes_are_copied_from_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ended trials are not read again."""
-    there, here = write_running_search(tmp_path / "dogs", "running"), tmp_path / "copy"
+    there, here = write_events(write_search(tmp_path, SPECS)), tmp_path / "copy"
     copied: set[str] = set()
     dashboard.copy_events(Remote(there), here, copied)
     wanted = sorted(path.relative_to(there) for path in there.rglob("events.*"))
@@ -287,8 +257,8 @@ def test_only_new_bytes_are_copied_from_an_object_store(tmp_path: Path, monkeypa
     assert len(list(here.rglob("events.*"))) == 7
     assert copied == set()
 
-    entries = json.loads((there / "trials.json").read_text())
-    (there / "trials.json").write_text(json.dumps([{**e, "state": "stopped"} for e in entries[:2]] + entries[2:]))
+    entries = (there / "trials.json").read_text()
+    (there / "trials.json").write_text(entries.replace("running", "stopped", 2))
     dashboard.copy_events(Remote(there), here, copied)
     assert copied == set(NAMES[:2])
     looked: list[str] = []
@@ -300,10 +270,10 @@ def test_only_new_bytes_are_copied_from_an_object_store(tmp_path: Path, monkeypa
 
 @pytest.mark.slow
 def test_curves_grow_with_a_running_search_on_an_object_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
 ) -> None:
     """And the temporary copy is deleted at the end."""
-    folder = write_running_search(tmp_path / "dogs", "running")
+    folder = write_events(write_search(tmp_path, SPECS))
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
@@ -353,11 +323,7 @@ def test_changed_settings_replace_the_hparams_file(tmp_path: Path) -> None:
     assert first.stat().st_mtime_ns == old
     write_hparams(run, "00-lr0.001", setting(lr=0.002), PLAN.space)
     (now,) = tmp_path.glob("*/*.hparams")
-    events = EventAccumulator(str(now))
-    events.Reload()
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
-    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    content = EventAccumulator(str(now)).Reload().SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     told = HParamsPluginData.FromString(content).session_start_info
     assert told.group_name == "00"
     assert {name: value.number_value for name, value in told.hparams.items()} == setting(lr=0.002)

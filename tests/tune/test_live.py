@@ -18,7 +18,7 @@ from tune import live
 from tune.live import SearchProgress
 from tune.search_folder import Entry
 
-STOPPING = "stopping after a checkpoint of each trial; Ctrl-C again stops at once"
+Capture = pytest.CaptureFixture[str]
 
 
 class Clock:
@@ -133,14 +133,12 @@ def test_low_terminal_shows_the_best_trials(height: int, numbers: str) -> None:
 class FakeEvents:
     """Counts the requests to stop."""
 
-    def __init__(self, stopped: Callable[[], None] = lambda: None) -> None:
+    def __init__(self) -> None:
         self.stops = 0
+        self.stop = SimpleNamespace(remote=self._stop)
 
-        def stop() -> None:
-            self.stops += 1
-            stopped()
-
-        self.stop = SimpleNamespace(remote=stop)
+    def _stop(self) -> None:
+        self.stops += 1
 
 
 def ends_at(clock: Clock, seconds: float) -> Future[None]:
@@ -150,25 +148,17 @@ def ends_at(clock: Clock, seconds: float) -> Future[None]:
     return fit
 
 
-def finished() -> Future[None]:
-    fit: Future[None] = Future()
-    fit.set_result(None)
-    return fit
-
-
-def test_each_trial_is_announced_once_except_those_of_an_earlier_attempt(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_trials_are_announced_once_except_those_that_ended_in_an_earlier_attempt(clock: Clock, capsys: Capture) -> None:
     known = [entry(0, "done"), entry(1, "stopped", lr=0.002), entry(2, lr=0.003), entry(3, "failed", "why", lr=0.004)]
     progress, events = empty(known), FakeEvents()
     fit: Future[None] = Future()
 
     def meanwhile(now: float) -> None:
         number = round((now - 1000) / 0.2) - 1
-        if number < 4:
-            put(progress, entry(number, "done", lr=0.001 * (number + 1)), [500.0 - number] * EPOCHS)
-            progress.ended(number)
-        elif number == 9:
+        put(progress, entry(number, "done", lr=0.001 * (number + 1)), [500.0 - number] * EPOCHS)
+        progress.ended(number)
+        if number == 3:
+            progress.note("trial 3 has lost its process")
             fit.set_result(None)
 
     clock.meanwhile = meanwhile
@@ -176,33 +166,21 @@ def test_each_trial_is_announced_once_except_those_of_an_earlier_attempt(
     told = capsys.readouterr().out.splitlines()
     assert [line.partition("; ")[0] for line in told] == [
         "trial 2 (latent_dim 32, lr 0.003, samples 10) done after epoch 8, loss 498",
+        "trial 3 has lost its process",
         "trial 3 (latent_dim 32, lr 0.004, samples 10) done after epoch 8, loss 497",
     ]
     assert told[-1].endswith("best so far: 497 by trial 3")
     assert events.stops == 0
 
 
-def test_trial_that_ended_last_is_announced_and_notes_are_printed(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
-    progress = empty()
-    put(progress, entry(0, "failed", "bad numbers"))
-    progress.ended(0)
-    progress.note("trial 0 has lost its process")
-    assert progress.follow(finished(), FakeEvents(), None) is None
-    note, line = capsys.readouterr().out.splitlines()
-    assert note == "trial 0 has lost its process"
-    assert line.startswith("trial 0 (latent_dim 32, lr 0.001, samples 10) failed after epoch 0: bad numbers; 1 of 6")
-
-
-def test_quiet_search_prints_a_line_every_minute(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_search_prints_a_line_every_minute(clock: Clock, capsys: Capture) -> None:
     empty().follow(ends_at(clock, 200), FakeEvents(), None)
     assert capsys.readouterr().out == 3 * "0 of 6 trials ended, 0 running\n"
 
 
 @pytest.mark.parametrize(("end", "status", "stops"), [(50, 0, 1), (9, None, 0)])
 def test_time_budget_stops_a_longer_search_once(
-    end: float, status: int | None, stops: int, clock: Clock, capsys: pytest.CaptureFixture[str]
+    end: float, status: int | None, stops: int, clock: Clock, capsys: Capture
 ) -> None:
     events = FakeEvents()
     assert empty().follow(ends_at(clock, end), events, 10.0) == status
@@ -212,16 +190,14 @@ def test_time_budget_stops_a_longer_search_once(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_first_signal_stops_the_search_after_a_checkpoint(
-    signum: signal.Signals, clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_first_signal_asks_the_trials_to_stop(signum: signal.Signals, clock: Clock, capsys: Capture) -> None:
     fit: Future[None] = Future()
-    events = FakeEvents(lambda: fit.set_result(None))
-    clock.meanwhile = lambda now: signal.raise_signal(signum) if not events.stops else None
+    events = FakeEvents()
+    clock.meanwhile = lambda now: fit.set_result(None) if events.stops else signal.raise_signal(signum)
     before = signal.getsignal(signum)
     assert empty().follow(fit, events, 10.0) == signum
-    assert capsys.readouterr().out == f"{STOPPING}\n"
-    assert events.stops == 1
+    told = "stopping after a checkpoint of each trial; Ctrl-C again stops at once\n"
+    assert (capsys.readouterr().out, events.stops) == (told, 1)
     assert signal.getsignal(signum) is before
 
 
@@ -251,6 +227,6 @@ def test_terminal_gets_the_table(clock: Clock, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(screen, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("COLUMNS", "120")
-    assert busy().follow(finished(), FakeEvents(), None) is None
+    assert busy().follow(ends_at(clock, 1), FakeEvents(), None) is None
     assert "reconstruction" in screen.getvalue()
     assert "12,345" in screen.getvalue()

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 
 from dogvae.errors import UsageError
-from tests.support.searches import FIVE, Remote, Spec, searched, setting
+from tests.support.searches import FIVE, SPACE, Remote, Spec, searched, setting
 from tune.ranking import importance, rows
 from tune.report import show, write
 
@@ -102,25 +102,25 @@ def test_plain_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]
 
 
-def test_importances_are_printed_in_percent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    search = searched(tmp_path, [Spec(setting(8 * 2 ** (i % 2)), [7000.0 + 100 * (i % 2) + i]) for i in range(6)])
-    assert importance(search)["latent_dim"] == pytest.approx(0.9986, abs=1e-3)
-    show(search)
-    assert "after epoch 1: latent_dim 100%, lr not known, samples not known\n" in capsys.readouterr().out
+SHARES = "share of the loss variance that each setting alone explains, after epoch 1: "
 
 
-def test_table_before_the_first_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show(searched(tmp_path, [Spec(setting(), state="running")]))
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "   -      0          32  0.001       10       0     -               -   -        0         -              -"
-        "  running",
-        "no epoch yet in 1 trial",
-    ]
-
-
-def test_decay_close_to_1_is_not_printed_as_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show(searched(tmp_path, [Spec({"ema": 0.9995}, [7000.0])], {"ema": "uniform(0.9,0.9999)"}))
-    assert "best of 1 is trial 0 (ema 0.9995)" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("specs", "space", "line"),
+    [
+        ([Spec(setting(8 * 2 ** (i % 2)), [7000.0 + 100 * (i % 2) + i]) for i in range(6)], SPACE,
+         SHARES + "latent_dim 100%, lr not known, samples not known"),
+        ([Spec(setting(), state="running")], SPACE, "no epoch yet in 1 trial"),
+        ([Spec({"ema": 0.9995}, [7000.0])], {"ema": "uniform(0.9,0.9999)"},
+         "best of 1 is trial 0 (ema 0.9995): 7,000.0 nats per image"),
+    ],
+    ids=["importances in percent", "no epoch yet", "a decay that is not 1"],
+)  # fmt: skip
+def test_lines_below_the_table(
+    specs: list[Spec], space: dict[str, str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(searched(tmp_path, specs, space))
+    assert line in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize(("columns", "left_out"), [(200, []), (90, ["reconstruction", "KL", "images/s"])])

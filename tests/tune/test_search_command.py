@@ -25,7 +25,7 @@ from tests.conftest import WriteDataset
 from tests.support.searches import PLAN, Spec, contents, entry, searched, setting, write_search
 from tune import search
 from tune.ranking import best_run
-from tune.search_folder import Entry, SearchPlan, open_search
+from tune.search_folder import SearchPlan, open_search
 
 CHECKPOINT = "checkpoints/step-{:09d}-0123456789abcdef.safetensors"
 
@@ -123,11 +123,11 @@ def test_mistake_is_one_line_before_ray_starts(typed: str, message: str, shell: 
     assert re.search(message, shell.mistake(*typed.split()))
 
 
-def test_missing_optuna_is_a_mistake_before_ray_starts(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("typed", ["--searcher optuna", "--resume dogs"])
+def test_missing_optuna_is_a_mistake(typed: str, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     write_search(shell.runs, [], replace(PLAN, searcher="optuna"))
     monkeypatch.setitem(sys.modules, "optuna", None)
-    for typed in ("--searcher optuna", "--resume dogs"):
-        assert "--searcher optuna: Optuna is not installed" in shell.mistake("search", *typed.split())
+    assert "--searcher optuna: Optuna is not installed" in shell.mistake("search", *typed.split())
 
 
 @pytest.mark.parametrize(
@@ -153,16 +153,13 @@ def test_missing_or_damaged_search_is_one_line(argv: list[str], shell: Shell) ->
     assert f"{path} is damaged: trials.json" in shell.mistake(*argv, "dogs")
 
 
-def test_existing_name_is_refused(shell: Shell) -> None:
-    typed = ["search", "--data", "drawn:60", "--name"]
+@pytest.mark.parametrize(("name", "remedy"), [("run", "--name run --resume"), ("dogs", "--resume dogs"), ("x", "")])
+def test_existing_name_is_refused(name: str, remedy: str, shell: Shell) -> None:
     save_config(Storage(shell.runs / "run"), PLAN.config)
     write_search(shell.runs, [Spec(setting())])
-    (shell.runs / "other").mkdir()
-    for name, remedy in (("run", "--name run --resume"), ("dogs", "--resume dogs"), ("other", "")):
-        told = shell.mistake(*typed, name)
-        assert f"--name: {shell.runs}/{name} exists" in told
-        assert remedy in told
-        assert "choose another name" in told
+    (shell.runs / "x").mkdir()
+    told = shell.mistake("search", "--data", "drawn:60", "--name", name)
+    assert re.search(f"--name: {shell.runs}/{name} exists.*{remedy}.* choose another name", told)
 
 
 def test_resuming_with_fewer_trials_or_a_damaged_plan_is_refused(shell: Shell) -> None:
@@ -176,8 +173,7 @@ def test_resuming_with_fewer_trials_or_a_damaged_plan_is_refused(shell: Shell) -
 @pytest.mark.parametrize("typed", ["--cpus-per-trial 3", "--workers-per-trial 3", "--gpus-per-trial 1"])
 def test_trial_that_never_fits_into_the_cluster_is_refused(typed: str, shell: Shell, two_cpus: None) -> None:
     told = shell.mistake("search", "--data", "drawn:60", *typed.split(), said="Ray at nowhere\n")
-    assert typed.split()[0] in told
-    assert "never fits into this cluster" in told
+    assert re.search(f"{typed.split()[0]}.* never fits into this cluster", told)
 
 
 @pytest.mark.parametrize(
@@ -202,15 +198,13 @@ def test_room_for_workers(
 # --- the plan
 
 
-class Searches:
-    """What searches were asked for. Each ends at once without an epoch, and with the status `end`."""
+class Searches(list[Any]):
+    """The arguments of all searches. A search ends at once, without an epoch, and with the status `end`."""
 
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.end: int | None = None
+    end: int | None = 0
 
-    def run(self, storage: Storage, plan: SearchPlan, known: list[Entry], at_once: int, budget_s: float | None) -> Any:
-        self.asked.append({"plan": plan, "known": known, "at_once": at_once, "budget_s": budget_s})
+    def run(self, storage: Storage, *args: Any) -> int | None:
+        self.append(args)
         return self.end
 
 
@@ -225,11 +219,9 @@ def searches(monkeypatch: pytest.MonkeyPatch, two_cpus: None) -> Searches:
 def test_flags_become_the_plan(searches: Searches, dogs: str, shell: Shell) -> None:
     typed = "--trials 7 --epochs 5 --seed 9 --search lr=uniform(0.1,0.2) --set width=8 --set latent_dim=4 "
     typed += "--scheduler none --searcher optuna --time-budget 2m --name s"
-    searches.end = 0
     assert shell.run("search", "--data", dogs, *typed.split())[0] == 0
-    (asked,) = searches.asked
-    plan: SearchPlan = asked["plan"]
-    assert (asked["at_once"], asked["budget_s"], asked["known"]) == (2, 120.0, [])
+    ((plan, known, at_once, budget_s),) = searches
+    assert (known, at_once, budget_s) == ([], 2, 120.0)
     assert (plan.trials, plan.searcher, plan.scheduler, plan.seed) == (7, "optuna", "none", 9)
     assert (plan.workers, plan.cpus, plan.gpus) == (1, 1, 0.0)
     assert plan.space.to_json() == {"lr": "uniform(0.1,0.2)", "samples": "choice(1,3,10)"}
@@ -245,7 +237,7 @@ def test_search_without_data_is_small(
 ) -> None:
     monkeypatch.setattr("dogvae.commands.search.DRAWN", dogs)
     shell.run("search", *typed.split())
-    plan = searches.asked[0]["plan"]
+    ((plan, *_),) = searches
     assert (plan.config.preset, plan.config.epochs, plan.trials) == (preset, epochs, 12)
 
 
@@ -259,6 +251,7 @@ def test_interrupted_search_prints_how_to_go_on(end: int, searches: Searches, do
 
 
 def test_search_without_one_epoch_has_failed(searches: Searches, dogs: str, shell: Shell) -> None:
+    searches.end = None
     status, _, told = shell.run("search", "--data", dogs, "--name", "s")
     assert status == 1
     assert told.startswith(f"error: no trial of {shell.folder}/runs/s has finished an epoch")
@@ -280,15 +273,13 @@ def test_dry_run_prints_the_plan_and_changes_nothing(dogs: str, shell: Shell, tw
 
 
 def test_resumed_search_knows_its_plan_and_trials(searches: Searches, shell: Shell) -> None:
-    specs = [Spec(setting(lr=0.002), state="failed", reason="why"), Spec(setting(), [490.0], state="waiting")]
+    """The second trial has not saved its end: it goes on."""
+    specs = [Spec(setting(lr=0.002), state="failed", reason="why"), Spec(setting(), [490.0], state="stopped")]
     write_search(shell.runs, specs)
-    searches.end = 2
     shell.run("search", "--resume", "dogs")
     shell.run("search", "--resume", "dogs", "--trials", "9", "--time-budget", "30s")
-    first, second = searches.asked
-    assert first["known"] == second["known"] == [entry(0, "failed", "why", lr=0.002), entry(1)]
-    assert (first["plan"], second["plan"]) == (PLAN, replace(PLAN, trials=9))
-    assert (first["budget_s"], second["budget_s"]) == (None, 30.0)
+    known = [entry(0, "failed", "why", lr=0.002), entry(1)]
+    assert searches == [(PLAN, known, 2, None), (replace(PLAN, trials=9), known, 2, 30.0)]
     assert open_search("runs", "dogs").about["trials"] == 9
 
 
@@ -296,15 +287,12 @@ def test_resumed_search_knows_its_plan_and_trials(searches: Searches, shell: She
     ("state", "epochs", "steps", "resumed"),
     [
         ("done", 8, [70, 80], "done"),
-        ("done", 8, [81], "done"),
         ("done", 8, [70], "waiting"),
-        ("done", 8, [], "waiting"),
         ("done", 7, [70], "waiting"),
         ("stopped", 2, [10, 20], "stopped"),
         ("stopped", 2, [10], "waiting"),
         ("stopped", 0, [], "waiting"),
         ("failed", 2, [10], "failed"),
-        ("failed", 0, [], "failed"),
         ("running", 2, [20], "running"),
         ("waiting", 2, [20], "waiting"),
     ],

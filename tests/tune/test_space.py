@@ -31,11 +31,6 @@ def distance_from_uniform(shares: list[float]) -> float:
     return max(max((i + 1) / n - x, x - i / n) for i, x in enumerate(sorted(shares)))
 
 
-def drawn(domain: Domain, count: int = DRAWS) -> list[Any]:
-    rng = np.random.default_rng(5)
-    return [domain.draw(rng) for _ in range(count)]
-
-
 # --- parsing
 
 
@@ -192,40 +187,11 @@ def test_unknown_name_lists_the_settings_that_can_be_searched() -> None:
 # --- drawing
 
 
-@pytest.mark.parametrize(
-    ("domain", "share"),
-    [
-        (Domain("loguniform", (1e-4, 1e-2)), lambda v: (math.log10(v) + 4) / 2),
-        (Domain("uniform", (0.5, 4.5)), lambda v: (v - 0.5) / 4),
-    ],
-)
-def test_ranges_are_drawn_uniformly(domain: Domain, share: Any) -> None:
-    values = drawn(domain)
-    assert {type(v) for v in values} == {float}
-    assert distance_from_uniform([share(v) for v in values]) < 1.63 / math.sqrt(DRAWS)  # 99%
-
-
-@pytest.mark.parametrize(
-    ("domain", "all_values"),
-    [
-        (Domain("randint", (3, 7)), [3, 4, 5, 6, 7]),
-        (Domain("choice", ("group", "batch")), ["group", "batch"]),
-        (Domain("choice", (True, False)), [True, False]),
-    ],
-)
-def test_integers_and_choices_are_drawn_equally_often(domain: Domain, all_values: list[Any]) -> None:
-    values = drawn(domain)
-    counts, share = Counter(values), 1 / len(all_values)
-    assert set(counts) == set(all_values)
-    assert {type(v) for v in values} == {type(all_values[0])}
-    for count in counts.values():
-        assert abs(count - DRAWS * share) < 4 * math.sqrt(DRAWS * share * (1 - share))
-
-
 @pytest.mark.parametrize("high", [0.01, 0.3, 0.7, 1.0])
 def test_narrow_loguniform_stays_within_its_bounds(high: float) -> None:
     low = math.nextafter(high, 0)
-    assert set(drawn(Domain("loguniform", (low, high)))) <= {low, high}
+    rng = np.random.default_rng(5)
+    assert {Domain("loguniform", (low, high)).draw(rng) for _ in range(DRAWS)} <= {low, high}
 
 
 @settings(max_examples=100, deadline=None)
@@ -288,16 +254,16 @@ def test_order_of_the_flags_does_not_matter() -> None:
 
 def test_trials_cover_the_space_evenly() -> None:
     """Neighbouring numbers seed the generator: their draws must be as independent as those of one stream."""
-    space = Space.parse(["beta=uniform(0,1)"], {})
+    space = Space.parse(["beta=uniform(0.5,4.5)", "samples=randint(3,5)", "augment=choice(true,false)"], {})
     trials = [space.setting(0, number) for number in range(1, DRAWS + 1)]
-    shares = np.array([[(math.log10(t["lr"]) + 4) / 2, t["beta"]] for t in trials])
+    shares = np.array([[(math.log10(t["lr"]) + 4) / 2, (t["beta"] - 0.5) / 4] for t in trials])
     for column in shares.T:
-        assert distance_from_uniform(column.tolist()) < 1.63 / math.sqrt(DRAWS)
+        assert distance_from_uniform(column.tolist()) < 1.63 / math.sqrt(DRAWS)  # 99%
         assert abs(np.corrcoef(column[1:], column[:-1])[0, 1]) < 4 / math.sqrt(DRAWS)
     assert abs(np.corrcoef(shares.T)[0, 1]) < 4 / math.sqrt(DRAWS)
-    pairs = Counter((t["latent_dim"], t["samples"]) for t in trials)
-    assert len(pairs) == 12
-    assert max(abs(count - DRAWS / 12) for count in pairs.values()) < 4 * math.sqrt(DRAWS / 12)
+    combinations = Counter((t["latent_dim"], t["samples"], t["augment"]) for t in trials)
+    assert len(combinations) == 4 * 3 * 2
+    assert max(abs(count - DRAWS / 24) for count in combinations.values()) < 4 * math.sqrt(DRAWS / 24)
 
 
 # --- fixed values and labels

@@ -97,11 +97,6 @@ class OneTrial:
         monkeypatch.setattr(trial, "_train_here", train_here)
         monkeypatch.setattr(trial, "is_stopping", lambda events: self.stopping)
 
-    def wrote(self, *losses: float | None) -> None:
-        """Epochs of an earlier attempt."""
-        lines = [json.dumps(record(epoch, loss)) for epoch, loss in enumerate(losses)]
-        Storage(self.folder).write("metrics.jsonl", "\n".join(lines).encode())
-
     def run(self, ended: frozenset[str] = frozenset(), population: bool = False) -> None:
         shared = SharedByTrials(
             search=str(self.folder.parent.parent), config=PLAN.config, space=PLAN.space, workers=1, cpus=1, gpus=0.0,
@@ -123,32 +118,25 @@ def test_trial_trains_its_settings_in_its_folder(one: OneTrial, reports: Reports
     assert [(numbers["loss"], numbers["epochs"], files) for numbers, files in reports] == [(500.0, 1, None)]
 
 
-def test_ended_trial_only_reports_its_epochs_again(one: OneTrial, reports: Reports) -> None:
-    one.wrote(500.0, None, 480.0)
-    one.run(ended=frozenset([one.folder.name]))
-    assert [(numbers["epochs"], numbers["loss"]) for numbers, _ in reports] == [(1, 500.0), (2, math.inf), (3, 480.0)]
-    assert one.trained == []
+@pytest.mark.parametrize("ended", [True, False])
+def test_resumed_trial_reports_its_epochs_and_goes_on_unless_ended(
+    ended: bool, one: OneTrial, reports: Reports
+) -> None:
+    lines = [json.dumps(record(epoch, loss)) for epoch, loss in enumerate((500.0, None))]
+    Storage(one.folder).write("metrics.jsonl", "\n".join(lines).encode())
+    one.train = lambda observer: observer.epoch(record(2, 490.0)) or True
+    one.run(ended=frozenset([one.folder.name if ended else "another"]))
+    told = [(1, 500.0), (2, math.inf)] + [(3, 490.0)] * (not ended)
+    assert [(numbers["epochs"], numbers["loss"]) for numbers, _ in reports] == told
 
 
-def test_unfinished_trial_reports_its_epochs_and_goes_on(one: OneTrial, reports: Reports) -> None:
-    one.wrote(500.0)
-    one.train = lambda observer: observer.epoch(record(1, 490.0)) or True
-    one.run(ended=frozenset(["another"]))
-    assert [numbers["loss"] for numbers, _ in reports] == [500.0, 490.0]
-
-
-def test_trial_of_a_stopping_search_does_not_begin(one: OneTrial, reports: Reports) -> None:
-    one.stopping = True
-    one.run()
-    assert reports == [({"state": "waiting"}, None)]
-    assert one.trained == []
-    assert not one.folder.exists()
-
-
-def test_interrupted_trial_is_waiting(one: OneTrial, reports: Reports) -> None:
+@pytest.mark.parametrize("begun", [True, False])
+def test_trial_of_a_stopping_search_is_waiting(begun: bool, one: OneTrial, reports: Reports) -> None:
     one.train = lambda observer: False
+    one.stopping = not begun
     one.run()
     assert reports == [({"state": "waiting"}, None)]
+    assert (len(one.trained), one.folder.exists()) == (begun, begun)
 
 
 @pytest.mark.parametrize("error", [RunFailed("bad numbers\nmore"), UsageError("bad numbers")])
