@@ -220,7 +220,6 @@ NONE = "no dashboard on this machine; for the one of a cluster: ray dashboard cl
         ("{}/", 404, VERSION, NONE),
         ("http://127.0.0.1:1", 200, VERSION, NONE),
         ("nonsense", 200, VERSION, NONE),
-        ("http://", 200, VERSION, NONE),
     ],
 )
 def test_link_to_rays_dashboard_or_how_to_open_it(

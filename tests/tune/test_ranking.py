@@ -11,10 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dogvae.errors import UsageError
-from dogvae.storage import Storage
-from tests.support.searches import FIVE, PLAN, Spec, record, searched, setting
+from tests.support.searches import FIVE, PLAN, Spec, searched, setting
 from tune.ranking import best_run, common_epoch, equal_time, importance, pareto, rows
-from tune.search_folder import Search, Trial
 
 
 def test_table_of_five_trials_by_hand(tmp_path: Path) -> None:
@@ -116,24 +114,6 @@ def test_importance_of_a_range_is_the_corrected_fit_of_a_parabola(tmp_path: Path
     x = np.log(lr) if kind == "loguniform" else lr
     _, residual, *_ = np.polyfit(x, y, 2, full=True)
     assert share == pytest.approx(1 - residual[0] / 12 / (np.var(y) * 15 / 14), rel=1e-6)
-
-
-def test_irrelevant_settings_have_no_importance(tmp_path: Path) -> None:
-    """Uncorrected, chance would give 3 groups among 8 trials 0.29 on average, and a parabola as much."""
-    rng = np.random.default_rng(1)
-    about = {"space": {"samples": "choice(1,3,10)", "beta": "uniform(0,1)"}}
-    shares: dict[str, list[float]] = {"samples": [], "beta": []}
-    for _ in range(100):
-        trials = []
-        for n in range(8):
-            drawn = {"samples": (1, 3, 10)[n % 3], "beta": float(rng.random())}
-            trials.append(Trial(n, f"{n:02d}", drawn, "done", records=[record(0, float(rng.normal(7500, 50)))]))
-        for name, share in importance(Search(Storage(tmp_path), about, trials)).items():
-            assert share is not None
-            assert 0 <= share <= 1
-            shares[name].append(share)
-    assert np.median(shares["samples"]) < 0.05
-    assert np.median(shares["beta"]) < 0.05
 
 
 def test_importance_compares_the_last_epoch_that_all_have_reached(tmp_path: Path) -> None:

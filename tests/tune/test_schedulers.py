@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +47,7 @@ def test_pbt_mutates_only_settings_that_keep_the_networks_shape(pbt: PopulationB
 
 
 def test_pbt_stays_within_the_domains_and_reaches_every_value(pbt: PopulationBasedTraining) -> None:
-    """400 mutations in a row by Ray's own code."""
+    """400 mutations in a row by Ray's own code, which multiplies by 0.8 or 1.2."""
     random.seed(0)
     np.random.seed(0)
     trial, seen = START, []
@@ -67,13 +66,3 @@ def test_pbt_stays_within_the_domains_and_reaches_every_value(pbt: PopulationBas
             assert values == set(domain.values)
         else:
             assert len(values) > 50
-
-
-@pytest.mark.parametrize("factor", [0.0, 0.8, 1.0, 1.2, 1e9])
-def test_pbt_clips_values_to_their_domains(factor: float, pbt: PopulationBasedTraining) -> None:
-    scaled = {"lr": 0.005 * factor, "beta": 2.0 * factor, "batch_size": round(30 * factor), "samples": 3}
-    config: dict[str, Any] = {"trial": {**START, "setting": MIXED.setting(0, 4) | scaled}}
-    after = pbt._custom_explore_fn(config)["trial"]["setting"]
-    for name, low, high in (("lr", 1e-4, 1e-2), ("beta", 0.5, 4.0), ("batch_size", 8, 64)):
-        assert after[name] == pytest.approx(float(np.clip(scaled[name], low, high)))
-    assert all(contains(MIXED.domains[name], value) for name, value in after.items())

@@ -36,14 +36,9 @@ def node(alive: bool = True, **resources: float) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting Ray fails the test."""
-
-    def start(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr(ray, "init", start)
-    monkeypatch.setattr(connect, "connect", start)
-    monkeypatch.setattr(search, "make_hub", start)
+    """Starting Ray, or looking for one, fails the test."""
+    for module, name in ((ray, "init"), (connect, "connect"), (search, "make_hub")):
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("Ray was started"))
 
 
 @pytest.fixture
@@ -101,7 +96,6 @@ def dogs(write_dataset: WriteDataset) -> str:
         ("search --epochs -2", "--epochs: -2 .* 1$"),
         ("search --seed 4294967296", "--seed: 4294967296 .* 4294967295$"),
         ("search --search lr=choice(0.1) --set lr=0.1", "--search lr: --set fixes it already"),
-        ("search --set width=2", "--set width: 2 .* 4$"),
         ("search --searcher grid", "--searcher: 'grid' .* random, optuna$"),
         ("search --scheduler hyperband", "--scheduler: 'hyperband' .* asha, pbt, none$"),
         ("search --scheduler pbt --searcher optuna", "--scheduler pbt.* leave out --searcher optuna$"),
@@ -109,7 +103,6 @@ def dogs(write_dataset: WriteDataset) -> str:
         ("search --scheduler pbt --set lr=0.1 --set samples=1", "--scheduler pbt: .* add another"),
         ("search --gpus-per-trial 2", "--gpus-per-trial: a worker has one GPU.* --workers-per-trial 4$"),
         ("search --gpus-per-trial 0.5 --workers-per-trial 2", "--gpus-per-trial: a worker has one GPU.* alone"),
-        ("search --gpus-per-trial nan", "--gpus-per-trial: nan "),
         ("search --cpus-per-trial 0", "--cpus-per-trial: 0 "),
         ("search --workers-per-trial 0", "--workers-per-trial: 0 "),
         ("search --time-budget junk", "--time-budget: 'junk' "),
@@ -316,7 +309,6 @@ def test_trial_without_its_last_epoch_or_checkpoint_goes_on(
     [
         ("--from-search nobody", ["no search called nobody", "dogs"]),
         ("--from-search dogs --data drawn:60", ["--from-search", "leave out --resume and --data"]),
-        ("--from-search dogs --resume --name x", ["--from-search", "leave out --resume and --data"]),
         ("--from-search dogs --crop box", ["--from-search", "leave out --val-fraction and --crop"]),
         ("--from-search dogs --lr 0.5", ["--lr", "0.002", "0.5"]),
         ("--from-search dogs --latent-dim 8", ["--latent-dim", "32", "8"]),

@@ -66,13 +66,12 @@ def test_optuna_draws_from_the_same_domains() -> None:
 
 
 def test_optuna_stays_within_the_domains_and_begins_with_the_notebook() -> None:
-    trials = suggested(MIXED, lambda setting: setting["beta"], 30)
+    trials = suggested(MIXED, lambda setting: setting["beta"], 10)
     first = setting() | {"beta": 1.0, "batch_size": 32, "augment": True, "schedule": "constant", "norm": "batch"}
     first |= {"ema": 0.0}
     assert trials[0] == {"number": 0, "name": name_of(0, first), "setting": first}
     for number, one in enumerate(trials):
         assert (one["number"], one["name"]) == (number, name_of(number, one["setting"]))
-        assert set(one["setting"]) == set(MIXED.domains)
         assert all(contains(MIXED.domains[name], value) for name, value in one["setting"].items()), one
 
 

@@ -20,7 +20,7 @@ from dogvae.storage import Storage
 from dogvae.training.checkpoint import Checkpoints
 from tests.support.searches import PLAN, Spec, contents, entry, record, setting, write_search
 from tune import trial
-from tune.trial import SharedByTrials, name_of
+from tune.trial import SharedByTrials
 
 OWN = PLAN.config.replace(**setting(lr=0.004))  # the config of the trial under test
 Reports = list[tuple[dict[str, Any], Any]]
@@ -37,11 +37,6 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> Reports:
 
     monkeypatch.setattr(ray.tune, "report", report)
     return told
-
-
-def test_name_has_two_digits_and_the_settings() -> None:
-    assert name_of(3, setting(16, 0.00213, 3)) == "03-latent_dim16-lr0.0021-samples3"
-    assert name_of(123, setting()) == "123-latent_dim32-lr0.001-samples10"
 
 
 @pytest.mark.parametrize(
