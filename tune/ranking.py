@@ -42,10 +42,10 @@ def importance(search: Search) -> dict[str, float | None]:
 
     For choices: the correlation ratio eta squared, variance between groups over total variance. For ranges: R squared
     of a parabola in the value, or in its logarithm for loguniform; a parabola, because the best value may lie in the
-    middle. Chance explains a part as well. For n trials and k groups or coefficients it is removed by
-    1 - (1 - share) (n - 1) / (n - k), and the result is at least 0. That is epsilon squared (Kelley 1935, PNAS 21, 554)
-    for groups, and adjusted R squared for parabolas. None with fewer than 4 trials, with no more trials than groups,
-    or where nothing varies.
+    middle. Chance explains a part as well. For n trials and k groups or coefficients,
+    1 - (1 - share) (n - 1) / (n - k) removes that part. It is epsilon squared (Kelley 1935, PNAS 21, 554) for groups,
+    and adjusted R squared for parabolas. Negative results become 0. None with fewer than 4 trials, with no more trials
+    than groups, or where nothing varies.
     """
     at = common_epoch(search) - 1
     compared = [(t, r["val_loss"]) for t in search.trials if t.state != "failed" for r in t.finite if r["epoch"] == at]
