@@ -1,1 +1,1 @@
-"""The search on top of the training: space, trials, report, dashboard. Run it as `python -m tune`."""
+"""The hyperparameter search: space, trials, report and dashboard. Run it with `python -m tune`."""

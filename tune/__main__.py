@@ -1,4 +1,4 @@
-"""The search's commands: `python -m tune search` is `dogvae search`."""
+"""`python -m tune`: the commands search, report and dashboard. `dogvae search` is `python -m tune search`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What is seen of a search while it runs: one live table on a terminal, plain lines elsewhere."""
+"""The console while a search runs: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,84 +16,86 @@ PLAIN_INTERVAL_S = 60.0
 ENDED = ("done", "stopped", "failed")
 
 
-class View:
-    """How all trials stand; Tune's thread writes it, the main thread shows it."""
+class SearchProgress:
+    """The states and losses of all trials. Ray Tune's thread updates them; the main thread prints them.
+
+    `known` are the trials of an earlier attempt. Those that had ended are not announced again.
+    """
 
     def __init__(self, trials: int, epochs: int, parameters: list[str], known: Sequence[Entry]) -> None:
         self._trials, self._epochs, self._parameters = trials, epochs, parameters
         self.entries: dict[int, Entry] = {entry.number: entry for entry in known}
         self._best: dict[int, dict[str, Any]] = {}
-        self._last: dict[int, int] = {}
-        self._news: list[int] = []
+        self._epochs_done: dict[int, int] = {}
+        self._to_announce: list[int] = []
         self._notes: list[str] = []
-        self._replayed = {entry.number for entry in known if entry.state in ENDED[:2]}
         self._known = {entry.number: entry for entry in known}
         self._began = time.monotonic()
         self.stopping = False
 
     def record(self, number: int, record: dict[str, Any]) -> None:
-        """An epoch of a trial."""
-        self._last[number] = record["epoch"] + 1
+        """Add an epoch of a trial: a line of its metrics.jsonl."""
+        self._epochs_done[number] = record["epoch"] + 1
         loss, best = record["val_loss"], self._best.get(number)
         if loss is not None and math.isfinite(loss) and (best is None or loss < best["val_loss"]):
             self._best[number] = record
 
     def epochs_of(self, number: int) -> int:
-        """How many a trial has done."""
-        return self._last.get(number, 0)
+        """How many epochs a trial has done."""
+        return self._epochs_done.get(number, 0)
 
     def ended(self, number: int) -> None:
-        """A trial will do no more."""
-        if number not in self._replayed:
-            self._news.append(number)
+        """Announce that a trial has ended."""
+        if number not in self._known or self._known[number].state not in ("done", "stopped"):
+            self._to_announce.append(number)
 
     def note(self, line: str) -> None:
-        """Show a lasting line."""
+        """Print a line that stays on the console."""
         self._notes.append(line)
 
-    def at_work(self) -> bool:
-        """Whether a trial is training, or being saved."""
+    def any_running(self) -> bool:
+        """Whether a trial is training or saving its checkpoint."""
         return any(entry.state == "running" for entry in self.entries.values())
 
-    def follow(self, fit: Future[Any], hub: Any, budget_s: float | None) -> int | None:
-        """Show the search until `fit` has ended; see `tune.search.run` for what is returned."""
+    def follow(self, fit: Future[Any], events: Any, budget_s: float | None) -> int | None:
+        """Print the progress until `fit` is done; returns what `tune.search.run` does, raises what `fit` does."""
         end = math.inf if budget_s is None else self._began + budget_s
         show = self._live if sys.stdout.isatty() else self._plain
         with stop_signals() as received:
-            show(fit, hub, received, end)
-        fit.result()  # its error, if it has one
+            show(fit, events, received, end)
+        fit.result()
         return received[0] if received else None
 
-    def _stop(self, hub: Any, received: list[int], end: float) -> str | None:
-        """Have the trials save and stop if it is time; a line that says so, once."""
+    def _request_stop(self, events: Any, received: list[int], end: float) -> str | None:
+        """After a signal or the end of the time, ask all trials to stop: once. Returns the line to print."""
         if self.stopping or not (received or time.monotonic() > end):
             return None
         self.stopping = True
-        hub.stop.remote()
+        events.stop.remote()
         if not received:
-            received.append(0)  # as a signal: the next one stops at once
+            received.append(0)  # counts as the first signal: `stop_signals` exits at the next one
             return "time is up: stopping after a checkpoint of each trial; Ctrl-C stops at once"
-        return "stopping after a checkpoint of each trial; once more stops at once"
+        return "stopping after a checkpoint of each trial; Ctrl-C again stops at once"
 
-    def _plain(self, fit: Future[Any], hub: Any, received: list[int], end: float) -> None:
-        told = time.monotonic()
+    def _plain(self, fit: Future[Any], events: Any, received: list[int], end: float) -> None:
+        printed = time.monotonic()
         while True:
             last = fit.done()
-            if line := self._stop(hub, received, end):
+            if line := self._request_stop(events, received, end):
                 say(line)
             while self._notes:
                 say(self._notes.pop(0))
-            while self._news:
-                say(f"{self._describe(self.entries[self._news.pop(0)])}; {self._summary()}")
-                told = time.monotonic()
-            if time.monotonic() - told > PLAIN_INTERVAL_S:
+            while self._to_announce:
+                say(f"{self._describe(self.entries[self._to_announce.pop(0)])}; {self._summary()}")
+                printed = time.monotonic()
+            if time.monotonic() - printed > PLAIN_INTERVAL_S:
                 say(self._summary())
-                told = time.monotonic()
+                printed = time.monotonic()
             if last:
                 return
             time.sleep(0.2)
 
-    def _live(self, fit: Future[Any], hub: Any, received: list[int], end: float) -> None:
+    def _live(self, fit: Future[Any], events: Any, received: list[int], end: float) -> None:
         from rich.console import Console
         from rich.live import Live
 
@@ -101,7 +103,7 @@ class View:
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 last = fit.done()
-                if line := self._stop(hub, received, end):
+                if line := self._request_stop(events, received, end):
                     console.print(line)
                 while self._notes:
                     console.print(self._notes.pop(0), highlight=False, markup=False)
@@ -129,13 +131,13 @@ class View:
         return Group(table, Text(self._counts(), style="italic", no_wrap=True, overflow="ellipsis"))
 
     def _ranked(self) -> list[int]:
-        """Trials, the best on top."""
+        """Trial numbers, best loss first, failed trials last."""
 
         def order(number: int) -> tuple[bool, float, int]:
             failed = self.entries[number].state == "failed"
             return failed, self._best[number]["val_loss"] if number in self._best else math.inf, number
 
-        return sorted(list(self.entries), key=order)
+        return sorted(list(self.entries), key=order)  # a copy: the other thread may add a trial meanwhile
 
     def _describe(self, entry: Entry) -> str:
         setting = ", ".join(f"{name} {_short(entry.setting[name])}" for name in self._parameters)
@@ -151,13 +153,13 @@ class View:
         return f"{self._counts()}, best so far: {self._best[ranked[0]]['val_loss']:,.0f} by trial {ranked[0]}"
 
     def _counts(self) -> str:
-        count = {state: sum(e.state == state for e in list(self.entries.values())) for state in (*ENDED, "running")}
+        entries = list(self.entries.values())
+        count = {state: sum(entry.state == state for entry in entries) for state in (*ENDED, "running")}
         ended = sum(count[state] for state in ENDED)
         parts = [f"{ended} of {self._trials} trials ended"]
         parts += [f"{count['stopped']} of them early"] * bool(count["stopped"])
         parts += [f"{count['failed']} failed"] * bool(count["failed"]) + [f"{count['running']} running"]
-        entries = list(self.entries.values())
-        if fresh := sum(e.state in ENDED and e != self._known.get(e.number) for e in entries):
+        if fresh := sum(entry.state in ENDED and entry != self._known.get(entry.number) for entry in entries):
             left = (time.monotonic() - self._began) * (self._trials - ended) / fresh
             parts.append(f"about {clock(left)} left")
         return ", ".join(parts)

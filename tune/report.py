@@ -1,4 +1,4 @@
-"""What a search has found, for people: a table, files, and a picture that answers at a glance."""
+"""The report of a search: a table on the console, report.csv, report.json, and the picture report.png."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from dogvae.console import say
 from dogvae.errors import UsageError
-from tune.ranking import Row, common_epoch, counts, equal_time, importance, pareto, rows
+from tune.ranking import Row, common_epoch, equal_time, importance, is_ranked, pareto, rows
 from tune.search_folder import Search, Trial, parameters
 from tune.space import Domain
 
@@ -26,46 +26,46 @@ if TYPE_CHECKING:
 FILES = CSV, JSON, PNG = "report.csv", "report.json", "report.png"
 FORMATS = {"loss": ",.1f", "reconstruction": ",.1f", "kl": ",.1f", "loss_at_equal_time": ",.1f"}
 FORMATS |= {"seconds": ",.0f", "images_per_s": ",.0f"}
-FIRST_TO_GO = ("reconstruction", "kl", "images_per_s", "rank", "loss_at_equal_time", "seconds")  # in few columns
+FIRST_TO_GO = ("reconstruction", "kl", "images_per_s", "rank", "loss_at_equal_time", "seconds")  # on narrow terminals
 PANELS = 4  # parameters in the picture
-BEST, ALIVE, ENDED, FRONT = "#D55E00", "#0072B2", "#ADADAD", "#000000"  # Okabe & Ito's: the colour-blind see them too
+# Colours that the colour-blind can tell apart (Okabe and Ito 2008).
+BEST, ALIVE, ENDED, FRONT = "#D55E00", "#0072B2", "#ADADAD", "#000000"
 STYLE = {"font.size": 11, "axes.grid": True, "grid.color": "#E8E8E8", "axes.axisbelow": True}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.h_pad": 0.1}
-
 HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
 NOTE: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": True, "zorder": 7, "bbox": HALO}
 
 
 def write(search: Search) -> None:
-    """Write report.csv, report.json and report.png into the search's folder."""
+    """Write report.csv, report.json and report.png into the search's folder; UsageError if that fails."""
     table, text = rows(search), io.StringIO()
     columns = list(table[0]) if table else ["rank", "trial", *parameters(search)]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
     about = {"equal_time_s": equal_time(search), "importance": importance(search), "trials": table}
-    drawn = picture(search)
+    png = picture(search)
     try:
         search.storage.write(CSV, text.getvalue().encode())
         search.storage.write(JSON, (json.dumps(about, indent=2, allow_nan=False) + "\n").encode())
-        search.storage.write(PNG, drawn)
+        search.storage.write(PNG, png)
     except OSError as error:
         raise UsageError(f"{search.storage.uri} cannot be written to: {error}") from error
 
 
 def picture(search: Search) -> bytes:
-    """A PNG of 1500x900 pixels: the loss against each parameter and against time, and the importances."""
+    """A PNG of 1500x900 pixels: the loss against four parameters and against time, and the importances."""
     from matplotlib import style
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     table, buffer = rows(search), io.BytesIO()
-    counted = list(filter(counts, table))
+    ranked = list(filter(is_ranked, table))
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(15, 9), dpi=100, layout="constrained")
         name = search.storage.uri.partition("?")[0].rpartition("/")[2]
         title = textwrap.fill(f"{name}: {_best(search, table)}", 105)
-        if not counted:
+        if not ranked:
             figure.text(0.5, 0.5, title, fontsize=20, ha="center")
         else:
             figure.suptitle(title, fontsize=15, weight="bold")
@@ -74,35 +74,35 @@ def picture(search: Search) -> bytes:
             shown = sorted(shares, key=lambda name: -(shares[name] or 0.0))[:PANELS]
             panels = list(top.subplots(1, len(shown), sharey=True, squeeze=False)[0])
             for axes, name in zip(panels, shown, strict=True):
-                dots = _parameter_panel(axes, name, search.space.domains[name], counted)
+                dots = _parameter_panel(axes, name, search.space.domains[name], ranked)
             panels[0].set_ylabel("loss (nats per image)")
             top.colorbar(dots, ax=panels, label="epochs done", pad=0.01, ticks=MaxNLocator(integer=True))
             left, right = bottom.subplots(1, 2, width_ratios=(2.2, 1))
-            _time_panel(left, search.trials, counted)
+            _time_panel(left, search.trials, ranked)
             _importance_panel(right, shares, common_epoch(search))
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
 def _limits(losses: Sequence[float]) -> tuple[float, float]:
-    """Of an axis that shows the good losses well: terrible ones (beyond Tukey's fence) lie outside."""
+    """The limits of a loss axis; losses above Tukey's fence, q3 + 1.5 (q3 - q1), lie outside."""
     low, (q1, q3) = min(losses), np.quantile(losses, (0.25, 0.75))
     high = max(loss for loss in losses if loss <= q3 + 1.5 * (q3 - q1))
     room = (high - low) or abs(low) / 100 or 1.0
     return low - 0.2 * room, high + 0.08 * room
 
 
-def _parameter_panel(axes: Axes, name: str, domain: Domain, counted: list[Row]) -> PathCollection:
-    """Loss against one parameter, `counted[0]` in a ring; losses beyond the axis are triangles at its edge."""
+def _parameter_panel(axes: Axes, name: str, domain: Domain, ranked: list[Row]) -> PathCollection:
+    """Draw loss against one parameter. The best trial has a ring; losses above the axis are triangles at its edge."""
     from matplotlib import colormaps, ticker
     from matplotlib.colors import ListedColormap
 
-    values, losses, epochs = zip(*((row[name], row["loss"], row["epochs"]) for row in counted), strict=True)
+    values, losses, epochs = zip(*((row[name], row["loss"], row["epochs"]) for row in ranked), strict=True)
     bottom, top = _limits(losses)
     if domain.kind == "choice":
-        # Evenly spaced, which is a log axis where they are powers. A bit to the side, or equal values hide each other.
+        # Evenly spaced choices. Each dot is moved sideways by its trial number, so that equal ones do not overlap.
         levels = list(dict.fromkeys([*sorted(domain.values), *values]))
-        x = np.array([levels.index(row[name]) + 0.3 * (row["trial"] * 0.618 % 1 - 0.5) for row in counted])
+        x = np.array([levels.index(row[name]) + 0.3 * (row["trial"] * 0.618 % 1 - 0.5) for row in ranked])
         labels = [textwrap.fill(_short(level), 12) for level in levels]
         axes.set_xticks(range(len(levels)), labels)
         if sum(min(12, len(label)) + 2 for label in labels) > 44:
@@ -129,17 +129,17 @@ def _parameter_panel(axes: Axes, name: str, domain: Domain, counted: list[Row]) 
     axes.scatter(x[:1], losses[:1], 260, facecolors="none", edgecolors=BEST, linewidths=2.5, zorder=4)
     across = (axes.transScale + axes.transLimits).transform((x[0], losses[0]))[0]
     side = "left" if across < 0.3 else "right" if across > 0.7 else "center"
-    text = f"trial {counted[0]['trial']}: {_short(values[0])}"
-    # Nothing is below the best.
+    text = f"trial {ranked[0]['trial']}: {_short(values[0])}"
+    # Below the dot, where no other trial can be.
     axes.annotate(text, (x[0], losses[0]), (0, -12), color=BEST, weight="bold", ha=side, va="top", **NOTE)
     return dots
 
 
-def _time_panel(axes: Axes, trials: list[Trial], counted: list[Row]) -> None:
-    """Each trial's best loss so far against its seconds, and the Pareto front; numbers are trials."""
+def _time_panel(axes: Axes, trials: list[Trial], ranked: list[Row]) -> None:
+    """Draw each trial's best loss so far against its seconds, and the Pareto front with trial numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    best = counted[0]["trial"]
+    best = ranked[0]["trial"]
     times: list[float] = []
     every: list[float] = []
     for trial in sorted(filter(lambda t: t.finite, trials), key=lambda t: t.number != best):
@@ -153,10 +153,10 @@ def _time_panel(axes: Axes, trials: list[Trial], counted: list[Row]) -> None:
         if trial.number == best:
             label, colour, width = f"trial {best}, the best", BEST, 3.2
         axes.plot(seconds, losses, "o-", color=colour, lw=width, ms=4, markevery=[-1], label=label, zorder=width)
-    front = pareto(counted)
+    front = pareto(ranked)
     x, y = [row["seconds"] for row in front], [row["loss"] for row in front]
     start, end = min(times), max(times)
-    if start > 0 and 8 * x[0] < end:  # or trials that ended early would all be at the left edge
+    if start > 0 and 8 * x[0] < end:  # else trials that ended early would crowd at the left
         axes.set(xscale="log", xlim=(start * (start / end) ** 0.04, end * (end / start) ** 0.03))
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -169,7 +169,7 @@ def _time_panel(axes: Axes, trials: list[Trial], counted: list[Row]) -> None:
     axes.set(ylim=_limits(every), xlabel="time of training and validation (s)")
     axes.set(ylabel="best loss so far (nats per image)", title="Every trial against time")
     taken: list[np.ndarray] = []
-    for row in sorted(front, key=lambda row: row["rank"]):  # who comes too close to another goes without a number
+    for row in sorted(front, key=lambda row: row["rank"]):  # no number where two are too close
         place = (axes.transScale + axes.transLimits).transform((row["seconds"], row["loss"]))
         if all((abs(place - other) > (0.035, 0.06)).any() for other in taken):
             taken.append(place)
@@ -180,7 +180,7 @@ def _time_panel(axes: Axes, trials: list[Trial], counted: list[Row]) -> None:
 
 
 def _importance_panel(axes: Axes, shares: dict[str, float | None], epoch: int) -> None:
-    """A bar for each parameter."""
+    """Draw a bar for each parameter."""
     names = sorted(shares, key=lambda name: shares[name] or 0.0)
     axes.barh(names, [shares[name] or 0.0 for name in names], 0.6, color=ALIVE)
     for i, name in enumerate(names):
@@ -193,7 +193,7 @@ def _importance_panel(axes: Axes, shares: dict[str, float | None], epoch: int) -
 
 
 def show(search: Search) -> None:
-    """Print the table, the best trial, the importances, where the files are, and why trials failed."""
+    """Print the table, the best trial, the importances, the paths of the files, and why trials failed."""
     table, time_s = rows(search), equal_time(search)
     titles = {key: key for key in ("rank", "trial", *parameters(search), "epochs", "loss", "reconstruction")}
     titles |= {"kl": "KL", "seconds": "seconds", "images_per_s": "images/s"}
@@ -219,16 +219,16 @@ def show(search: Search) -> None:
     say(_best(search, table))
     if epoch := common_epoch(search):
         parts = ", ".join(f"{name} {_percent(share)}" for name, share in importance(search).items())
-        say(f"share of the loss's variance that each explains alone, after epoch {epoch}: {parts}")
-    if there := [name for name in (*FILES, "export") if search.storage.exists(name)]:
-        say(f"see {', '.join((search.storage / name).uri for name in there)}")
+        say(f"share of the loss variance that each setting alone explains, after epoch {epoch}: {parts}")
+    if written := [name for name in (*FILES, "export") if search.storage.exists(name)]:
+        say(f"see {', '.join((search.storage / name).uri for name in written)}")
     for row in table:
         if row["state"] == "failed":
             say(f"trial {row['trial']} failed: {row['reason']}")
 
 
 def _best(search: Search, table: list[Row]) -> str:
-    if not table or not counts(table[0]):
+    if not table or not is_ranked(table[0]):
         return f"no epoch yet in {len(table)} trial{'' if len(table) == 1 else 's'}"
     best, names = table[0], parameters(search)
     setting = ", ".join(f"{name} {_short(best[name])}" for name in names)
@@ -237,7 +237,7 @@ def _best(search: Search, table: list[Row]) -> str:
 
 def _short(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.6g}" if 0.9 < value < 1 else f"{value:.3g}"  # a decay of 0.9995 is not 1
+        return f"{value:.6g}" if 0.9 < value < 1 else f"{value:.3g}"  # a decay of 0.9995 must not read 1
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

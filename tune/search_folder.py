@@ -1,4 +1,4 @@
-"""What a search is, and its two files: search.json, and trials.json with how its trials stand."""
+"""The folder of a search: search.json holds its plan, trials.json the state of each trial."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ NUMBERS = ("val_loss", "val_reconstruction", "val_kl", "val_explained", "images_
 STATES = ("running", "stopped", "done", "failed", "waiting")
 SEARCHERS, SCHEDULERS = ("random", "optuna"), ("asha", "pbt", "none")
 
+# Type and range of the fields of a SearchPlan, besides its space and config.
 LIMITS: dict[str, tuple[type, dict[str, Any]]] = {
     "trials": (int, {"low": 1, "high": 100_000}),
     "searcher": (str, {"choices": SEARCHERS}),
@@ -30,22 +31,26 @@ LIMITS: dict[str, tuple[type, dict[str, Any]]] = {
     "gpus": (float, {"low": 0, "high": 1}),
 }
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class Plan:
-    """What a search is, as search.json keeps it."""
+class SearchPlan:
+    """What the user asked for, as search.json keeps it."""
 
     space: Space
     config: Config
-    """Of every trial, but for what is searched; the dataset is part of it."""
+    """The config of every trial, before its own settings are put in. It names the dataset."""
     trials: int
     searcher: str
     scheduler: str
     seed: int
     workers: int
+    """Workers of each trial."""
     cpus: int
+    """CPUs of each worker."""
     gpus: float
-    """Of each worker."""
+    """GPUs of each worker: 0, 1 or a fraction."""
 
     def to_json(self) -> str:
         """The text of search.json."""
@@ -54,34 +59,20 @@ class Plan:
         return json.dumps({"format": FORMAT, "version": VERSION, **about, **what}, indent=2) + "\n"
 
     @staticmethod
-    def from_about(about: dict[str, Any], where: str) -> Plan:
-        """The plan that search.json holds; UsageError if it is damaged."""
+    def from_dict(about: dict[str, Any], where: str) -> SearchPlan:
+        """The plan in a parsed search.json of the folder `where`. Raises UsageError if a field is missing or wrong."""
         try:
             for name, (kind, limits) in LIMITS.items():
                 check(name, about[name], kind, limits)
             space, config = Space.from_json(about["space"]), Config.make_nested(about["config"])
-            return Plan(space, config, **{name: about[name] for name in LIMITS})
+            return SearchPlan(space, config, **{name: about[name] for name in LIMITS})
         except (KeyError, TypeError, AttributeError, UsageError) as error:
-            raise UsageError(f"{where}/{ABOUT} is damaged ({error}): search anew under another name") from error
-
-
-def save(storage: Storage, plan: Plan, entries: Sequence[Entry]) -> None:
-    """Write what a search is and how its trials stand; search.json last, it makes the folder a search."""
-    save_trials(storage, entries)
-    storage.write(ABOUT, plan.to_json().encode())
-
-
-def save_trials(storage: Storage, entries: Sequence[Entry]) -> None:
-    """Write how the trials stand."""
-    storage.write(TRIALS, (json.dumps([asdict(entry) for entry in entries], indent=1) + "\n").encode())
-
-
-T = TypeVar("T")
+            raise UsageError(f"{where}/{ABOUT} is damaged ({error}): start a new search under another name") from error
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What trials.json says of a trial: its number, its folder, its setting, and how it stands (one of STATES)."""
+    """A trial in trials.json: its number, folder name, settings, state (one of STATES) and why it failed."""
 
     number: int
     name: str
@@ -92,7 +83,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial(Entry):
-    """One setting and the epochs that were trained with it; `records` are the lines of its metrics.jsonl."""
+    """A trial with its epochs: `records` are the lines of its metrics.jsonl."""
 
     records: list[dict[str, Any]]
 
@@ -103,12 +94,12 @@ class Trial(Entry):
 
     @property
     def finite(self) -> list[dict[str, Any]]:
-        """The records whose validation loss is a finite number."""
+        """The records with a finite validation loss."""
         return metrics.finite(self.records)
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The record of the epoch with the least validation loss."""
+        """The record with the lowest validation loss."""
         return metrics.best(self.records)
 
     @property
@@ -119,7 +110,7 @@ class Trial(Entry):
 
 @dataclass
 class Search:
-    """A search as it was when it was opened: `about` is its search.json."""
+    """A search as it was when it was opened: `about` is the parsed search.json."""
 
     storage: Storage
     about: dict[str, Any]
@@ -127,7 +118,7 @@ class Search:
 
     @property
     def space(self) -> Space:
-        """What is searched."""
+        """The search space."""
         return Space.from_json(self.about["space"])
 
 
@@ -136,39 +127,39 @@ def parameters(search: Search) -> list[str]:
     return list(search.about["space"])
 
 
+def save(storage: Storage, plan: SearchPlan, entries: Sequence[Entry]) -> None:
+    """Write trials.json, then search.json: a folder with search.json is a complete search."""
+    save_trials(storage, entries)
+    storage.write(ABOUT, plan.to_json().encode())
+
+
+def save_trials(storage: Storage, entries: Sequence[Entry]) -> None:
+    """Write trials.json."""
+    storage.write(TRIALS, (json.dumps([asdict(entry) for entry in entries], indent=1) + "\n").encode())
+
+
 def open_search(runs: str, name: str) -> Search:
-    """Read `runs/name`. Raises UsageError if it is no search, of a newer version, or damaged."""
+    """Read the search `runs/name`. Raises UsageError if there is none, or if it is newer than this code or damaged."""
     storage = Storage(runs) / check_name(name)
     try:
         if not storage.exists(ABOUT):
-            raise UsageError(_missing(Storage(runs), name, storage))
-        about = _read(storage, ABOUT, lambda: json.loads(storage.read(ABOUT)))
+            raise UsageError(_no_search(Storage(runs), name, storage))
+        about = read_checked(storage, ABOUT, lambda: json.loads(storage.read(ABOUT)))
         if not isinstance(about, dict) or about.get("format") != FORMAT:
-            raise UsageError(f"{storage.uri} is no search: {ABOUT} is not of the format {FORMAT}; give another name")
-        if (version := _read(storage, ABOUT, lambda: int(about["version"]))) > VERSION:
+            raise UsageError(f"{storage.uri} is not a search: {ABOUT} is not in the format {FORMAT}; give another name")
+        if (version := read_checked(storage, ABOUT, lambda: int(about["version"]))) > VERSION:
             raise UsageError(f"{storage.uri} is a search of version {version}, newer than {VERSION}; update DogVAE")
-        space = _read(storage, ABOUT, lambda: _space(about["space"]))
-        entries = _read(storage, TRIALS, lambda: _entries(json.loads(storage.read(TRIALS)), space))
+        space = read_checked(storage, ABOUT, lambda: _space(about["space"]))
+        entries = read_checked(storage, TRIALS, lambda: _entries(json.loads(storage.read(TRIALS)), space))
         return Search(storage, about, [Trial(**e, records=_records(storage, e["name"])) for e in entries])
     except OSError as error:
         raise UsageError(f"{storage.uri} cannot be read: {error}") from error
 
 
-def _missing(runs: Storage, name: str, storage: Storage) -> str:
-    """What to say where there is no search.json."""
-    if storage.exists(TRIALS):
-        return f"{storage.uri} is damaged: {ABOUT} is missing; bring it back from a copy, or search anew"
-    if storage.exists(CONFIG):
-        return f"{storage.uri} is no search but one run; see it by tensorboard --logdir {storage.uri}"
-    if runs.local is None:  # an object store lists files only
-        return f"no search is called {name} in {runs.uri}"
-    others = sorted(path.parent.name for path in runs.local.glob(f"*/{ABOUT}"))
-    there = f"there are {', '.join(others)}" if others else "there is none yet"
-    return f"no search is called {name} in {runs.uri}; {there}"
-
-
-def _read(storage: Storage, file: str, read: Callable[[], T], otherwise: str = "search anew under another name") -> T:
-    """What `read` makes of a file; UsageError if the file is missing, or not what we write."""
+def read_checked(
+    storage: Storage, file: str, read: Callable[[], T], otherwise: str = "start a new search under another name"
+) -> T:
+    """The result of `read`, which parses `file`. Raises UsageError if the file is missing or has other content."""
     try:
         return read()
     except FileNotFoundError:
@@ -176,30 +167,44 @@ def _read(storage: Storage, file: str, read: Callable[[], T], otherwise: str = "
     except KeyError as error:
         what = f"has no {error}"
     except (TypeError, ValueError, AttributeError) as error:
-        what = f"makes no sense ({error})"
-    raise UsageError(f"{storage.uri} is damaged: {file} {what}; bring it back from a copy, or {otherwise}")
+        what = f"is not valid ({error})"
+    raise UsageError(f"{storage.uri} is damaged: {file} {what}; restore it from a backup, or {otherwise}")
+
+
+def _no_search(runs: Storage, name: str, storage: Storage) -> str:
+    """The message for a folder without search.json."""
+    if storage.exists(TRIALS):
+        return f"{storage.uri} is damaged: {ABOUT} is missing; restore it from a backup, or start a new search"
+    if storage.exists(CONFIG):
+        return f"{storage.uri} is a single run, not a search; to see it: tensorboard --logdir {storage.uri}"
+    if runs.local is None:  # an object store lists files only
+        return f"there is no search called {name} in {runs.uri}"
+    others = sorted(path.parent.name for path in runs.local.glob(f"*/{ABOUT}"))
+    known = f"its searches are {', '.join(others)}" if others else "it has no search yet"
+    return f"there is no search called {name} in {runs.uri}; {known}"
 
 
 def _space(texts: dict[str, str]) -> Space:
     space = Space.from_json(texts)
     if not space.domains:
-        raise ValueError("nothing is searched")
+        raise ValueError("the space is empty")
     return space
 
 
 def _entries(entries: list[dict[str, Any]], space: Space) -> list[dict[str, Any]]:
-    """What trials.json says of each trial, checked."""
+    """The checked entries of trials.json."""
     checked = []
     for entry in entries:
         kept = {key: entry[key] for key in ("number", "name", "setting", "state", "reason")}
-        if not isinstance(kept["number"], int) or not isinstance(kept["name"], str):
-            raise ValueError(f"trial {kept['number']!r} is called {kept['name']!r}")
-        if kept["state"] not in STATES:
-            raise ValueError(f"trial {kept['number']} is {kept['state']!r}, not {', '.join(STATES)}")
-        if set(kept["setting"]) != set(space.domains):
-            raise ValueError(f"trial {kept['number']} sets {', '.join(kept['setting']) or 'nothing'}")
-        for parameter, value in kept["setting"].items():
-            space.domains[parameter].nearest(value)  # a TypeError if it is of another type
+        number, name, setting, state = (kept[key] for key in ("number", "name", "setting", "state"))
+        if not isinstance(number, int) or not isinstance(name, str):
+            raise ValueError(f"a trial has the number {number!r} and the name {name!r}")
+        if state not in STATES:
+            raise ValueError(f"trial {number} has the state {state!r}, not one of {', '.join(STATES)}")
+        if set(setting) != set(space.domains):
+            raise ValueError(f"trial {number} sets {', '.join(setting) or 'nothing'}, not {', '.join(space.domains)}")
+        for parameter, value in setting.items():
+            space.domains[parameter].nearest(value)  # a TypeError for a value of another type
         checked.append(kept)
     for key in ("number", "name"):
         if len({entry[key] for entry in checked}) < len(checked):
@@ -208,13 +213,13 @@ def _entries(entries: list[dict[str, Any]], space: Space) -> list[dict[str, Any]
 
 
 def _records(storage: Storage, name: str) -> list[dict[str, Any]]:
-    """The epochs of a trial, none if it has not finished one."""
+    """The epochs of a trial; an empty list before its first epoch ends."""
     folder = storage / f"{FOLDER}/{name}"
 
     def read() -> list[dict[str, Any]]:
         records = metrics.read(folder)
-        for r in records:  # a TypeError or a KeyError if a number is none, or is not there
+        for r in records:  # a KeyError or a TypeError if a number is missing or is not a number
             sum([r["epoch"], r["seconds"], *(r[key] or 0.0 for key in NUMBERS)])
         return records
 
-    return _read(folder, metrics.FILE, read, "delete it to leave its epochs out")
+    return read_checked(folder, metrics.FILE, read, "delete it to leave its epochs out")

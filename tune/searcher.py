@@ -1,4 +1,4 @@
-"""Which setting comes next: a list drawn beforehand, or Optuna, which learns from the losses."""
+"""The settings of each trial: drawn at random beforehand, or suggested by Optuna, which learns from the losses."""
 
 from __future__ import annotations
 
@@ -6,80 +6,61 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
 
-from dogvae.errors import UsageError
 from tune.search_folder import Entry
-from tune.space import Domain, Space
+from tune.space import Space
 from tune.trial import name_of
 
 
-def given(number: int, setting: dict[str, Any], known: Mapping[int, Entry]) -> dict[str, Any]:
-    """What a trial is given; one of an earlier attempt keeps its name."""
+def trial_config(number: int, setting: dict[str, Any], known: Mapping[int, Entry]) -> dict[str, Any]:
+    """What Ray Tune passes to a trial. A trial of an earlier attempt keeps its folder name."""
     name = known[number].name if number in known else name_of(number, setting)
     return {"number": number, "name": name, "setting": setting}
 
 
-def listed(space: Space, seed: int, trials: int, known: Sequence[Entry]) -> list[dict[str, Any]]:
-    """What all trials are given: the settings of the earlier attempt, then those that it would have come to."""
+def random_trials(space: Space, seed: int, trials: int, known: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The configs of all trials: settings of a resumed search first, then the ones it would have drawn next."""
     old = {entry.number: entry for entry in known}
     settings = [old[n].setting if n in old else space.setting(seed, n) for n in range(trials)]
-    return [given(number, setting, old) for number, setting in enumerate(settings)]
+    return [trial_config(number, setting, old) for number, setting in enumerate(settings)]
 
 
-class TreeParzen(Searcher):
-    """Settings from Optuna's tree-structured Parzen estimator (Bergstra et al. 2011).
+class NumberedOptunaSearch(OptunaSearch):
+    """Ray's OptunaSearch with trial numbers that a resumed search keeps.
 
-    Those of an earlier attempt come first, and the very first is the notebook's own. UsageError without Optuna.
+    The trials of an earlier attempt come first, with their settings and names; trial 0 has the notebook's settings.
+    The sampler is the tree-structured Parzen estimator (Bergstra et al. 2011).
     """
 
-    def __init__(self, space: Space, seed: int, known: Sequence[Entry]) -> None:
-        super().__init__(metric="loss", mode="min")
-        try:
-            import optuna
-        except ModuleNotFoundError as error:
-            raise UsageError("--searcher optuna: install it by pip install optuna") from error
+    def __init__(self, space: Space, seed: int, trials: int, known: Sequence[Entry]) -> None:
+        import optuna
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # Trials run beside each other: without `constant_liar` it would suggest the same to all of them.
-        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=5)
-        self._study = optuna.create_study(direction="minimize", sampler=sampler)
-        self._distributions = {name: _distribution(domain) for name, domain in space.domains.items()}
-        self._space, self._seed, self._known = space, seed, {entry.number: entry for entry in known}
-        self._asked: dict[str, Any] = {}
+        self._known = {entry.number: entry for entry in known}
+        first = {entry.number: entry.setting for entry in known}
+        first.setdefault(0, space.setting(seed, 0))
+        # Optuna suggests the points in this order, then settings of its own.
+        self._numbers = [*first, *(number for number in range(trials) if number not in first)]
+        super().__init__(
+            OptunaSearch.convert_search_space({name: domain.as_tune() for name, domain in space.domains.items()}),
+            metric="loss",
+            mode="min",
+            points_to_evaluate=list(first.values()),
+            # Without `constant_liar`, trials that run side by side would get nearly the same settings.
+            sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=5),
+        )
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """What the next trial is given."""
-        number = len(self._asked)
-        if number in self._known:
-            self._study.enqueue_trial(self._known[number].setting)
-        elif number == 0:
-            self._study.enqueue_trial(self._space.setting(self._seed, 0))
-        self._asked[trial_id] = self._study.ask(self._distributions)
-        return {"given": given(number, dict(self._asked[trial_id].params), self._known)}
+        """The config of the next trial."""
+        setting = super().suggest(trial_id)
+        assert setting is not None
+        return {"trial": trial_config(self._numbers.pop(0), setting, self._known)}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Optuna gets the last loss only: some results have none, and a restarted trial reports its epochs again."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """How a trial ended."""
-        from optuna.trial import TrialState
-
-        loss = math.inf if error else (result or {}).get("loss", math.inf)
-        if math.isfinite(loss):
-            self._study.tell(self._asked[trial_id], loss)
-        else:
-            self._study.tell(self._asked[trial_id], state=TrialState.FAIL)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: a search is taken up again from what its trials left."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as `save`."""
-
-
-def _distribution(domain: Domain) -> Any:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if domain.kind == "choice":
-        return CategoricalDistribution(domain.values)
-    low, high = domain.values
-    if domain.kind == "randint":
-        return IntDistribution(low, high)
-    return FloatDistribution(low, high, log=domain.kind == "loguniform")
+        """Tell Optuna the loss. A trial that failed or has no finite loss is ignored in later suggestions."""
+        failed = error or not math.isfinite((result or {}).get("loss", math.inf))
+        super().on_trial_complete(trial_id, None if failed else result, failed)

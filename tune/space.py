@@ -1,4 +1,4 @@
-"""What is searched: a domain for each setting, and the setting of every trial as a pure function of its number."""
+"""The search space: a domain for each searched setting. A trial's settings depend only on the seed and its number."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dogvae.config import Config, ModelConfig, check, fields_of
 from dogvae.errors import UsageError
 
 DEFAULT = ("latent_dim=choice(8,16,32,64)", "lr=loguniform(1e-4,1e-2)", "samples=choice(1,3,10)")
-KINDS: dict[str, tuple[type, ...]] = {  # and the types of the settings that they are for
+KINDS: dict[str, tuple[type, ...]] = {  # kinds of domains, and the types of settings that each fits
     "choice": (int, float, str, bool),
     "uniform": (float,),
     "loguniform": (float,),
     "randint": (int,),
 }
 FIELDS = {name: (spec.metadata, kind) for name, spec, kind in [*fields_of(Config), *fields_of(ModelConfig)]}
-# One for the whole search, or trials could not be compared; and the flag that decides it instead.
+# Settings that are the same for all trials, so that the trials can be compared; and the flag that sets each.
 DECIDED_BY = {
     "data": "--data",
     "fingerprint": "--data",
@@ -33,13 +33,12 @@ DECIDED_BY = {
     "architecture": "--set preset=...",
     "loss_scale": "--set preset=...",
 }
-SETTLED = tuple(DECIDED_BY)
-LARGEST_INT = 2**62  # what Ray and NumPy still draw from is a 64-bit integer
+LARGEST_INT = 2**62  # Ray and NumPy draw 64-bit integers
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Where the values of one setting come from: `values` are the choices, or (low, high), both included."""
+    """The values that one setting may take: `values` are the choices, or (low, high) with both ends included."""
 
     kind: str
     values: tuple[Any, ...]
@@ -48,7 +47,7 @@ class Domain:
         return f"{self.kind}({','.join(map(_text, self.values))})"
 
     def draw(self, rng: np.random.Generator) -> Any:
-        """A random value, as a plain Python object: JSON takes no NumPy scalar."""
+        """A random value as a plain Python object, because JSON has no NumPy scalars."""
         if self.kind == "choice":
             return self.values[int(rng.integers(len(self.values)))]
         low, high = self.values
@@ -57,19 +56,19 @@ class Domain:
         if self.kind == "uniform":
             return rng.uniform(low, high)
         drawn = math.exp(rng.uniform(math.log(low), math.log(high)))
-        return min(max(drawn, low), high)  # exp(log(high)) may round to above high
+        return min(max(drawn, low), high)  # exp(log(high)) may be rounded to above high
 
     def nearest(self, value: Any) -> Any:
-        """`value` if the domain has it, else the closest number; where that means nothing, the first choice."""
+        """`value` if it is in the domain, else the closest number; for texts the first choice."""
         if self.kind == "choice":
             if isinstance(value, str):
                 return value if value in self.values else self.values[0]
             return min(self.values, key=lambda choice: abs(choice - value))
         low, high = self.values
-        return min(max(value, low), high)  # the closest on a log scale too
+        return min(max(value, low), high)  # also the closest on a log scale
 
     def as_tune(self) -> Any:
-        """The same domain for a search algorithm of Ray Tune."""
+        """The same domain as an object of Ray Tune."""
         from ray import tune
 
         if self.kind == "choice":
@@ -88,105 +87,109 @@ class Space:
 
     @staticmethod
     def parse(texts: Sequence[str], fixed: Mapping[str, Any]) -> Space:
-        """The default space, changed by what `--search` and `--set` gave. Raises UsageError."""
+        """The default space with the domains of `--search`, without the settings of `--set`. Raises UsageError."""
         named: dict[str, Domain] = {}
         for text in texts:
             name, domain = _named_domain(text)
             if name in named:
-                raise UsageError(f"--search {name}: given twice, leave out one of them")
+                raise UsageError(f"--search {name}: given twice; leave out one of them")
             if name in fixed:
-                raise UsageError(f"--search {name}: --set fixes it already, leave out one of them")
+                raise UsageError(f"--search {name}: --set fixes it already; leave out one of them")
             named[name] = domain
         default = {name: domain for name, domain in map(_named_domain, DEFAULT) if name not in fixed}
         if not (domains := {**default, **named}):
-            raise UsageError("--search: --set fixes all that is searched by default, name something else to search")
+            raise UsageError("--search: --set fixes every setting of the default search; add another one to search")
         return Space(domains)
 
-    def first(self, notebook: Mapping[str, Any]) -> dict[str, Any]:
-        """The setting in this space that is closest to the notebook's."""
-        return {name: domain.nearest(notebook[name]) for name, domain in sorted(self.domains.items())}
+    def nearest(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The point of this space that is closest to `settings`."""
+        return {name: domain.nearest(settings[name]) for name, domain in sorted(self.domains.items())}
 
     def setting(self, seed: int, number: int) -> dict[str, Any]:
-        """The searched settings of a trial: the notebook's for trial 0, random ones for the others.
+        """The searched settings of a trial: closest to the notebook's for trial 0, random for the others.
 
-        It depends on nothing else, so a resumed search goes on with the very trials that it would have had.
+        They depend on nothing else, so a resumed search draws the same trials as an uninterrupted one.
         """
         if number == 0:
-            return self.first(Config.make(preset="notebook").flat())
+            return self.nearest(Config.make(preset="notebook").flat())
         rng = np.random.default_rng([seed, number])
-        # Sorted, so that the order of the flags does not matter.
+        # Sorted: the order of the flags must not matter.
         return {name: domain.draw(rng) for name, domain in sorted(self.domains.items())}
 
     def to_json(self) -> dict[str, str]:
+        """The domains as texts, as search.json keeps them."""
         return {name: str(domain) for name, domain in self.domains.items()}
 
     @staticmethod
     def from_json(texts: Mapping[str, str]) -> Space:
-        """Read what `to_json` gave."""
+        """The space that `to_json` wrote. Raises UsageError for a text that is not a domain."""
         return Space(dict(_named_domain(f"{name}={text}") for name, text in texts.items()))
 
 
 def parse_fixed(texts: Sequence[str]) -> dict[str, Any]:
-    """The settings that all trials share, from `--set NAME=VALUE`. Raises UsageError."""
+    """The settings of all trials, from the texts of `--set NAME=VALUE`. Raises UsageError."""
     fixed: dict[str, Any] = {}
     for text in texts:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not (name and equals):
             raise UsageError(f"--set: {text!r} is not NAME=VALUE, such as width=32")
         if name in DECIDED_BY and name != "preset":
-            raise UsageError(f"--set {name}: cannot be set, {DECIDED_BY[name]} decides it")
+            raise UsageError(f"--set {name}: all trials share this setting; use {DECIDED_BY[name]} instead")
         if name not in FIELDS:
-            raise UsageError(f"--set: no setting is called {name!r}; there are {_names('preset')}")
+            raise UsageError(f"--set: no setting is called {name!r}; the settings are {_names('preset')}")
         if name in fixed:
-            raise UsageError(f"--set {name}: given twice, leave out one of them")
+            raise UsageError(f"--set {name}: given twice; leave out one of them")
         fixed[name] = _value("--set", name, value)
     return fixed
 
 
 def label(setting: Mapping[str, Any]) -> str:
-    """A short name for folders and TensorBoard: `latent_dim16-lr0.0021-samples3`. Two settings may share one."""
+    """A short name for folders and TensorBoard, such as `latent_dim16-lr0.0021-samples3`: ASCII, at most 60 characters.
+
+    Similar settings may have the same name.
+    """
     texts = (f"{name}{f'{v:.2g}' if isinstance(v, float) else _text(v)}" for name, v in sorted(setting.items()))
     return re.sub(r"[^\w.-]", "", "-".join(texts))[:60]
 
 
 def _named_domain(text: str) -> tuple[str, Domain]:
-    """`lr=uniform(0,1)`: the setting's name, and its domain in the setting's own type."""
+    """The name and the domain of a text such as `lr=uniform(0,1)`, with values of the setting's type."""
     form = re.fullmatch(r"([^=]+)=([^(]+)\((.*)\)", text.strip())
     if form is None:
         raise UsageError(f"--search: {text!r} is not NAME=KIND(...), such as {DEFAULT[1]}")
     name, kind, inner = (part.strip() for part in form.groups())
     if name in DECIDED_BY:
-        raise UsageError(f"--search {name}: cannot be searched, {DECIDED_BY[name]} decides it")
+        raise UsageError(f"--search {name}: all trials share this setting; use {DECIDED_BY[name]} instead")
     if name not in FIELDS:
-        raise UsageError(f"--search: no setting is called {name!r}; there are {_names()}")
+        raise UsageError(f"--search: no setting is called {name!r}; the settings are {_names()}")
     where = f"--search {name}"
     if kind not in KINDS:
-        raise UsageError(f"{where}: no kind is called {kind!r}; there are {', '.join(KINDS)}")
+        raise UsageError(f"{where}: no kind is called {kind!r}; the kinds are {', '.join(KINDS)}")
     expected = FIELDS[name][1]
     if expected not in KINDS[kind]:
         fitting = " or ".join(other for other, types in KINDS.items() if expected in types)
-        raise UsageError(f"{where}: {kind} does not fit, it takes values of type {expected.__name__}: use {fitting}")
+        raise UsageError(f"{where}: {kind} does not fit values of type {expected.__name__}; use {fitting}")
     values = tuple(_value("--search", name, part.strip()) for part in inner.split(",")) if inner else ()
     if kind == "choice":
         if not values:
-            raise UsageError(f"{where}: choice() has no values, give at least one")
+            raise UsageError(f"{where}: choice() has no values; give at least one")
         if len(set(values)) < len(values):
-            raise UsageError(f"{where}: {kind}({inner}) has a value twice, leave out one of them")
+            raise UsageError(f"{where}: {kind}({inner}) has a value twice; leave out one of them")
         return name, Domain(kind, values)
     if len(values) != 2:
         raise UsageError(f"{where}: {kind}({inner}) must have two bounds, low and high, not {len(values)}")
     low, high = values
     if low >= high:
-        raise UsageError(f"{where}: {kind}({inner}) is empty, the first bound must be below the second")
+        raise UsageError(f"{where}: {kind}({inner}) is empty; the first bound must be below the second")
     if kind == "loguniform" and low <= 0:
-        raise UsageError(f"{where}: {kind}({inner}) has no logarithm at {low}, the first bound must be above 0")
+        raise UsageError(f"{where}: {kind}({inner}) has no logarithm at {low}; the first bound must be above 0")
     if kind == "randint" and high > LARGEST_INT:
-        raise UsageError(f"{where}: {high} is too large, it must be at most {LARGEST_INT}")
+        raise UsageError(f"{where}: {high} is too large; it must be at most {LARGEST_INT}")
     return name, Domain(kind, values)
 
 
 def _value(flag: str, name: str, text: str) -> Any:
-    """`text` as a value that the setting accepts; else a UsageError that begins with `flag`."""
+    """`text` as a value of the setting. Raises a UsageError that begins with `flag`."""
     limits, expected = FIELDS[name]
     value: Any = text
     if expected is bool:
@@ -194,12 +197,12 @@ def _value(flag: str, name: str, text: str) -> Any:
             raise UsageError(f"{flag} {name}: {text!r} is neither true nor false")
         value = text == "true"
     elif expected is not str:
-        with contextlib.suppress(ValueError):  # `check` says that it is no number
+        with contextlib.suppress(ValueError):  # `check` reports what is not a number
             value = expected(text)
     try:
         return check(name, value, expected, limits)
     except UsageError as error:
-        # `check` names the flag of the training command, which nobody typed.
+        # `check` names the flag of the training command, which the user did not type.
         raise UsageError(f"{flag} {name}: {str(error).partition(': ')[2]}") from error
 
 
@@ -208,4 +211,4 @@ def _text(value: Any) -> str:
 
 
 def _names(*also: str) -> str:
-    return ", ".join(sorted({*FIELDS} - {*SETTLED} | {*also}))
+    return ", ".join(sorted({*FIELDS} - {*DECIDED_BY} | {*also}))

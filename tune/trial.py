@@ -1,7 +1,7 @@
-"""One trial of a search: the same training loop as everywhere, told to Ray Tune epoch by epoch.
+"""One trial of a search: the usual training loop, with every epoch reported to Ray Tune.
 
-A trial is a run, with a folder, checkpoints and metrics of its own. Whoever takes the search up again starts every
-trial again: one that has ended only tells its epochs once more, any other goes on from its checkpoint.
+A trial is a run with its own folder, checkpoints and metrics. A resumed search starts every trial again: an ended trial
+only reports its epochs once more, any other goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -27,47 +27,49 @@ from dogvae.training.loop import loop
 from dogvae.training.observer import Observer
 from dogvae.training.on_ray import start
 from dogvae.training.run_folder import CHECKPOINTS, save_config
-from tune.hparams import hparams
+from tune.hparams import write_hparams
 from tune.search_folder import FOLDER
 from tune.space import Space, label
 
-POLL_S = 0.5  # between two questions whether the search is to stop
-WRITER = "writer.json"  # in Tune's checkpoints, which population based training wants: whose it is
+POLL_S = 0.5  # how often a trial asks whether the search is stopping
+WRITER = "writer.json"  # the only file in Ray Tune's checkpoints, which PBT needs: the trial that wrote it
 
 
 def name_of(number: int, setting: Mapping[str, Any]) -> str:
-    """What a trial's folder is called, and TensorBoard's run: `03-latent_dim16-lr0.0021-samples3`."""
+    """The name of a trial's folder and of its run in TensorBoard: `03-latent_dim16-lr0.0021-samples3`."""
     return f"{number:02d}-{label(setting)}"
 
 
 @dataclass(frozen=True)
-class Job:
-    """What all trials of a search share."""
+class SharedByTrials:
+    """What all trials of a search have in common."""
 
     search: str
-    """Where the search is stored."""
+    """The path or URI of the search."""
     config: Config
-    """What the settings of a trial are put into."""
+    """The config of every trial, before its own settings are put in."""
     space: Space
     workers: int
     cpus: int
+    """CPUs of each worker."""
     gpus: float
-    """Of each worker."""
+    """GPUs of each worker."""
     ended: frozenset[str]
     """The names of the trials of an earlier attempt that need no more training."""
     population: bool
-    """Whether trials take over each other's state."""
-    hub: Any
+    """Whether the scheduler is PBT: trials copy each other's weights."""
+    events: Any
+    """The actor that knows whether the search is stopping."""
 
 
 class _TuneObserver(Observer):
-    """Tells Tune each epoch, and ends the training when Tune, or the user, has had enough."""
+    """Reports each epoch to Ray Tune, and stops the training when Tune or the user asks for it."""
 
     wants_saved = True
 
-    def __init__(self, hub: Any, writer: str | None) -> None:
-        self._hub, self._writer = hub, writer
-        self._asked, self._wanted = time.monotonic(), False
+    def __init__(self, events: Any, writer: str | None) -> None:
+        self._events, self._writer = events, writer
+        self._asked, self._stopping = time.monotonic(), False
 
     def epoch(self, record: dict[str, Any]) -> None:
         report(record, self._writer)
@@ -75,55 +77,59 @@ class _TuneObserver(Observer):
     def stopping(self) -> bool:
         now = time.monotonic()
         if now - self._asked >= POLL_S:
-            self._asked, self._wanted = now, wants_to_stop(self._hub)
-        return self._wanted
+            self._asked, self._stopping = now, is_stopping(self._events)
+        return self._stopping
 
 
-def wants_to_stop(hub: Any) -> bool:
-    """Whether the search is to be interrupted."""
+def is_stopping(events: Any) -> bool:
+    """Whether the user has interrupted the search, or its time is up."""
     import ray
 
-    return ray.get(hub.stopping.remote())
+    return ray.get(events.stopping.remote())
 
 
 def report(record: Mapping[str, Any], writer: str | None = None) -> None:
-    """Tell Tune an epoch, and wait for its word; SystemExit if that is to end. With `writer`, a checkpoint is his."""
+    """Report an epoch to Ray Tune; raises SystemExit if Tune ends the trial.
+
+    With `writer`, attach a checkpoint that names it.
+    """
     from ray import tune
 
     loss = record["val_loss"]
-    told = {"epochs": record["epoch"] + 1, "record": dict(record)}
-    told["loss"] = loss if loss is not None and math.isfinite(loss) else math.inf
+    numbers = {"epochs": record["epoch"] + 1, "record": dict(record)}
+    numbers["loss"] = loss if loss is not None and math.isfinite(loss) else math.inf
     if writer is None:
-        tune.report(told)
+        tune.report(numbers)
         return
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / WRITER).write_text(json.dumps(writer))
-        tune.report(told, checkpoint=tune.Checkpoint.from_directory(folder))
+        tune.report(numbers, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
-def run_trial(config: dict[str, Any], job: Job) -> None:
-    """What Tune calls for every trial: `config` has its setting, and Tune's own folder its name."""
+def run_trial(config: dict[str, Any], shared: SharedByTrials) -> None:
+    """The trainable: Ray Tune calls it for every trial. A failed trial reports its reason instead of raising."""
     from ray import tune
 
-    name, setting = Path(tune.get_context().get_trial_dir()).name, config["given"]["setting"]
-    storage = Storage(job.search) / FOLDER / name
-    torch.set_num_threads(max(1, job.cpus))
+    # The name is that of Tune's folder: PBT replaces the config by one of another trial.
+    name, setting = Path(tune.get_context().get_trial_dir()).name, config["trial"]["setting"]
+    storage = Storage(shared.search) / FOLDER / name
+    torch.set_num_threads(max(1, shared.cpus))
     for record in metrics.read(storage):
         report(record)
-    if name in job.ended:
+    if name in shared.ended:
         return
-    if wants_to_stop(job.hub):
+    if is_stopping(shared.events):
         tune.report({"state": "waiting"})
         return
-    ours = job.config.replace(**setting)
-    observer = _TuneObserver(job.hub, name if job.population else None)
+    own_config = shared.config.replace(**setting)
+    observer = _TuneObserver(shared.events, name if shared.population else None)
     try:
-        if job.population:
-            _take_over(job, name, storage, ours)
-        save_config(storage, ours)
-        hparams(storage, name, setting, job.space)
-        train = _distributed if job.workers > 1 else _alone
-        done = train(job, ours, storage, observer)
+        if shared.population:
+            _load_population_checkpoint(shared, name, storage, own_config)
+        save_config(storage, own_config)
+        write_hparams(storage, name, setting, shared.space)
+        train = _train_on_workers if shared.workers > 1 else _train_here
+        done = train(shared, own_config, storage, observer)
     except (UsageError, RunFailed) as error:
         tune.report({"state": "failed", "reason": str(error).splitlines()[0]})
         return
@@ -131,34 +137,34 @@ def run_trial(config: dict[str, Any], job: Job) -> None:
         tune.report({"state": "waiting"})
 
 
-def _alone(job: Job, config: Config, storage: Storage, observer: _TuneObserver) -> bool:
-    return loop(config, storage, torch.device("cuda" if job.gpus else "cpu"), observer)
+def _train_here(shared: SharedByTrials, config: Config, storage: Storage, observer: _TuneObserver) -> bool:
+    return loop(config, storage, torch.device("cuda" if shared.gpus else "cpu"), observer)
 
 
-def _distributed(job: Job, config: Config, storage: Storage, observer: _TuneObserver) -> bool:
-    """Ray Train within the trial: what its workers tell goes to Tune."""
+def _train_on_workers(shared: SharedByTrials, config: Config, storage: Storage, observer: _TuneObserver) -> bool:
+    """Train with Ray Train, and pass the epochs of its workers on to Ray Tune. Returns whether all epochs are done."""
     import ray
 
-    workers = Workers(job.workers, gpu=bool(job.gpus), cpus=job.cpus)
-    hub, fit = start(config, storage, workers, Safety(), verbose=False, wants_saved=True)
-    asked, failure = False, ""
+    workers = Workers(shared.workers, gpu=bool(shared.gpus), cpus=shared.cpus)
+    events, fit = start(config, storage, workers, Safety(), verbose=False, wants_saved=True)
+    stop_sent, failure = False, ""
     while True:
         ended = fit.done()
         try:
-            for kind, *payload in ray.get(hub.take.remote()):
+            for kind, *payload in ray.get(events.take.remote()):
                 if kind == "epoch":
                     observer.epoch(*payload)
                 elif kind == "failed":
                     (failure,) = payload
-        except SystemExit:  # Tune has had enough: the workers are to leave their CPUs to the next trial
-            hub.stop.remote()
+        except SystemExit:  # Tune ends the trial: wait until its workers have freed their CPUs
+            events.stop.remote()
             fit.result()
             raise
         if ended:
             break
-        if observer.stopping() and not asked:
-            asked = True
-            hub.stop.remote()
+        if observer.stopping() and not stop_sent:
+            stop_sent = True
+            events.stop.remote()
         time.sleep(0.1)
     if failure:
         raise RunFailed(failure)
@@ -168,19 +174,19 @@ def _distributed(job: Job, config: Config, storage: Storage, observer: _TuneObse
     return how == "done"
 
 
-def _take_over(job: Job, name: str, storage: Storage, config: Config) -> None:
-    """Go on from the state that Tune says, maybe another trial's: its weights and its past, with our own setting."""
+def _load_population_checkpoint(shared: SharedByTrials, name: str, storage: Storage, config: Config) -> None:
+    """Make the checkpoint that PBT chose, maybe another trial's, this trial's only one, with this trial's config."""
     from ray import tune
 
     writer = name
     if checkpoint := tune.get_checkpoint():
         with checkpoint.as_directory() as folder:
             writer = json.loads((Path(folder) / WRITER).read_text())
-    saved = Checkpoints(Storage(job.search) / FOLDER / writer).latest()
+    saved = Checkpoints(Storage(shared.search) / FOLDER / writer).latest()
     if saved is None or (writer == name and saved.meta["config"] == config.to_dict()):
         return
     for old in storage.names(CHECKPOINTS):
         storage.delete(f"{CHECKPOINTS}/{old}")
-    ours = Checkpoints(storage)
-    ours.save(saved.tensors, {**saved.meta, "config": config.to_dict()})
-    ours.wait()
+    checkpoints = Checkpoints(storage)
+    checkpoints.save(saved.tensors, {**saved.meta, "config": config.to_dict()})
+    checkpoints.wait()

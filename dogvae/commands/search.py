@@ -1,8 +1,8 @@
-"""The search on the command line.
+"""The hyperparameter search on the command line.
 
 python -m tune search --data dataset --trials 24     # which latent dimension, learning rate and sample count?
-python -m tune search --resume NAME                  # go on with a search that was interrupted
-python -m tune report NAME                           # the table and the picture, also while it runs
+python -m tune search --resume NAME                  # continue an interrupted search
+python -m tune report NAME                           # the ranked table and report.png, also while it runs
 python -m tune dashboard NAME                        # TensorBoard on all trials, in the browser
 
 `dogvae search` is `python -m tune search`, anywhere.
@@ -27,59 +27,64 @@ from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
 from dogvae.training import run_folder
 from tune.ranking import best_run
-from tune.search_folder import ABOUT, FOLDER, LIMITS, Entry, Plan, Search, Trial, open_search, save
+from tune.search_folder import ABOUT, FOLDER, LIMITS, Entry, Search, SearchPlan, Trial, open_search, save
 from tune.space import DEFAULT, Space, parse_fixed
 
 PROG = "python -m tune"
 
 
 def parser(prog: str) -> flags.Parser:
-    """The command line, for --help and for the tests of the documentation."""
+    """The commands search, report and dashboard with their flags."""
     top = flags.Parser(prog=prog, description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    search = commands.add_parser("search", help="try settings side by side, and export the best model")
+    search = commands.add_parser("search", help="train many settings side by side, and export the best model")
     search.add_argument(
         "--data", help="photos or a prepared dataset, as for train_distributed.py (default: portraits:2000)"
     )
     search.add_argument("--name", help="the search's name (default: from the data and the time)")
-    search.add_argument("--resume", metavar="NAME", help="go on with that search; --trials may be raised")
-    search.add_argument("--trials", type=int, help="settings to try (default: 12)")
-    search.add_argument("--epochs", type=int, help="the most that a trial trains (default: the preset's)")
+    search.add_argument("--resume", metavar="NAME", help="continue the search NAME; --trials may be raised")
+    search.add_argument("--trials", type=int, help="number of trials (default: 12)")
+    search.add_argument("--epochs", type=int, help="maximum epochs of a trial (default: the preset's)")
     search.add_argument(
         "--search", action="append", default=[], metavar="NAME=DOMAIN",
-        help="a setting to search, as choice(A,B), uniform(LOW,HIGH), loguniform(LOW,HIGH) or randint(LOW,HIGH); "
+        help="a setting to search: choice(A,B), uniform(LOW,HIGH), loguniform(LOW,HIGH) or randint(LOW,HIGH); "
         f"repeatable (default: {' '.join(DEFAULT)})",
     )  # fmt: skip
     search.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="fixed",
-        help="a setting of all trials, such as width=32 or preset=small; repeatable",
+        help="a setting for all trials, such as width=32 or preset=small; repeatable",
     )  # fmt: skip
     search.add_argument("--searcher", help="random, or optuna, which learns from the losses (default: random)")
     search.add_argument(
-        "--scheduler", help="asha ends the worse two thirds early, pbt mutates the better, none (default: asha)"
+        "--scheduler", help="asha stops the worse two thirds early, pbt mutates the better, none (default: asha)"
     )
-    search.add_argument("--seed", type=int, help="everything random is drawn from it (default: 0)")
-    search.add_argument("--time-budget", type=flags.duration, metavar="TIME", help="stop then, as by Ctrl-C: 30m, 2h")
-    search.add_argument("--gpus-per-trial", type=float, metavar="N", help="of a worker; fractions share a GPU")
-    search.add_argument("--cpus-per-trial", type=int, metavar="N", help="of a worker (default: 1)")
+    search.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
+    search.add_argument(
+        "--time-budget", type=flags.duration, metavar="TIME", help="stop after that time, as by Ctrl-C: 30m, 2h"
+    )
+    search.add_argument(
+        "--gpus-per-trial", type=float, metavar="N",
+        help="GPUs of each worker: 0, 1, or a fraction that shares a GPU (default: 1 if there are GPUs)",
+    )  # fmt: skip
+    search.add_argument("--cpus-per-trial", type=int, metavar="N", help="CPUs of each worker (default: 1)")
     search.add_argument("--workers-per-trial", type=int, metavar="K", help="train each trial on K workers (default: 1)")
     search.add_argument("--dry-run", action="store_true", help="print the plan and the first settings, and stop")
     flags.add_address(search)
     flags.add_node_patience(search)
     for name, text in (
-        ("report", "the ranked table, and a picture that answers at a glance"),
-        ("dashboard", "TensorBoard on a search, in the browser"),
+        ("report", "print the ranked table, and draw report.png"),
+        ("dashboard", "show the trials in TensorBoard, in the browser"),
     ):
         commands.add_parser(name, help=text).add_argument("name", metavar="NAME", help="the search's name")
-    commands.choices["dashboard"].add_argument("--port", type=int, default=0, help="(default: one that is free)")
+    commands.choices["dashboard"].add_argument("--port", type=int, default=0, help="(default: a free one)")
     for command in commands.choices.values():
         flags.add_runs(command)
-        command.add_argument("--verbose", action="store_true", help="Ray's own log; tracebacks")
+        command.add_argument("--verbose", action="store_true", help="print Ray's own log, and tracebacks")
     return top
 
 
 def main(argv: Sequence[str], prog: str = PROG) -> int:
-    """`python -m tune`, or whatever `prog` was typed. Returns the exit status."""
+    """Run the command in `argv`; `prog` is how the user called the program. Returns the exit status."""
     args = parser(prog).parse_args(argv)
     if args.command == "report":
         from tune import report
@@ -99,23 +104,27 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
 
 
 def search(args: argparse.Namespace) -> int:
-    """`python -m tune search`."""
+    """Run a new or resumed search, and export its best trial. Returns the exit status."""
     name, data = args.resume or args.name, args.data or DRAWN
     known: list[Entry] = []
     if args.resume is not None:
         old = open_search(args.runs, name)
-        storage, plan = old.storage, Plan.from_about(old.about, old.storage.uri)
-        known = [as_it_was_left(storage, plan, trial) for trial in old.trials]
+        storage, plan = old.storage, SearchPlan.from_dict(old.about, old.storage.uri)
+        known = [resumed_entry(storage, plan, trial) for trial in old.trials]
         if args.trials is not None and args.trials < plan.trials:
-            raise UsageError(f"--trials: this search has {plan.trials}, which {args.trials} would take back")
+            raise UsageError(f"--trials: this search has {plan.trials} trials already, and {args.trials} are fewer")
         plan = replace(plan, trials=args.trials or plan.trials)
     else:
         name = name or f"{run_folder.default_name(data)}-search"
-        storage, plan = new(args, name, data)
+        storage, plan = plan_new(args, name, data)
 
-    from tune.search import run, scheduler_of  # Ray Tune: seconds
+    from tune.schedulers import make_scheduler  # imports Ray Tune, which takes seconds
+    from tune.search import run
 
-    scheduler_of(plan)  # its mistakes are told before anything is written
+    # Errors in the plan must be raised before anything is written.
+    make_scheduler(plan)
+    if plan.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UsageError("--searcher optuna: Optuna is not installed; type pip install optuna")
     say(connect.connect(args.address, args.verbose))
     if args.resume is None and args.gpus_per_trial is None:
         plan = replace(plan, gpus=float(nodes.has_gpus()))
@@ -147,8 +156,8 @@ def search(args: argparse.Namespace) -> int:
     return 128 + stopped if stopped else 0
 
 
-def new(args: argparse.Namespace, name: str, data: str) -> tuple[Storage, Plan]:
-    """The place and the plan of a search that does not exist yet, but for its dataset."""
+def plan_new(args: argparse.Namespace, name: str, data: str) -> tuple[Storage, SearchPlan]:
+    """The folder and the plan of a new search; its dataset is not opened yet. Raises UsageError if the name is used."""
     fixed = parse_fixed(args.fixed)
     space = Space.parse(args.search, fixed)
     settings: dict[str, Any] = {"seed": args.seed or 0, **fixed}
@@ -159,51 +168,56 @@ def new(args: argparse.Namespace, name: str, data: str) -> tuple[Storage, Plan]:
     config = Config.make(data=data, **settings)
     storage = Storage(args.runs) / run_folder.check_name(name)
     if storage.exists(ABOUT):
-        raise UsageError(f"--name: {storage.uri} exists; go on with it by --resume {name}, or choose another name")
+        raise UsageError(f"--name: {storage.uri} exists; continue it with --resume {name}, or choose another name")
     storage = run_folder.open_new(args.runs, name)
     DataChoice(data).check()
-    return storage, Plan(
+    return storage, SearchPlan(
         space=space, config=config, trials=args.trials or 12, searcher=args.searcher or "random",
         scheduler=args.scheduler or "asha", seed=args.seed or 0, workers=args.workers_per_trial or 1,
         cpus=args.cpus_per_trial or 1, gpus=args.gpus_per_trial or 0.0,
     )  # fmt: skip
 
 
-def as_it_was_left(storage: Storage, plan: Plan, trial: Trial) -> Entry:
-    """What an attempt that goes on knows of a trial; one that a kill kept from saving its end has not ended."""
-    done = trial.state != "done" or trial.epoch >= plan.config.epochs
-    saved = done and run_folder.is_saved(storage / f"{FOLDER}/{trial.name}", trial.records)
-    state = trial.state if saved or trial.state not in ("done", "stopped") else "waiting"
+def resumed_entry(storage: Storage, plan: SearchPlan, trial: Trial) -> Entry:
+    """What a resumed search knows of a trial; an ended one goes on if a kill prevented its last epoch or checkpoint."""
+    state = trial.state
+    if state in ("done", "stopped"):
+        all_epochs = state == "stopped" or trial.epoch >= plan.config.epochs
+        if not (all_epochs and run_folder.is_saved(storage / f"{FOLDER}/{trial.name}", trial.records)):
+            state = "waiting"
     return Entry(trial.number, trial.name, trial.setting, state, trial.reason)
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """UsageError for flags of a search that contradict each other or are out of range."""
+    """Raise UsageError for flags that contradict each other or are out of range."""
     flag_of = {name: f"{name}_per_trial" if name in ("gpus", "cpus", "workers") else name for name in LIMITS}
     for name, (kind, limits) in LIMITS.items():
         if (value := getattr(args, flag_of[name])) is not None and name != "gpus":
             check(flag_of[name], value, kind, limits)
     if args.gpus_per_trial is not None:
         check("gpus_per_trial", args.gpus_per_trial, float, {"low": 0})
-    if args.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise UsageError("--searcher optuna: install it by pip install optuna")
     gpus = args.gpus_per_trial or 0
     if gpus > 1 or (gpus % 1 and (args.workers_per_trial or 1) > 1):
-        raise UsageError("--gpus-per-trial: a worker has one GPU or a part of one; for more, --workers-per-trial 4")
+        raise UsageError(
+            "--gpus-per-trial: a worker has one GPU, or a fraction if it is alone; for more, --workers-per-trial 4"
+        )
     if args.scheduler == "pbt" and args.searcher == "optuna":
-        raise UsageError("--scheduler pbt: finds settings itself; leave out --searcher optuna")
+        raise UsageError("--scheduler pbt: it chooses the settings itself; leave out --searcher optuna")
     if args.scheduler == "pbt" and (args.workers_per_trial or 1) > 1:
-        raise UsageError("--scheduler pbt: takes trials of one worker; leave out --workers-per-trial")
+        raise UsageError("--scheduler pbt: its trials have one worker each; leave out --workers-per-trial")
     if args.resume is not None:
         kept = ("data", "name", "epochs", "searcher", "scheduler", "seed", "gpus_per_trial", "cpus_per_trial")
         for name in (*kept, "workers_per_trial", "search", "fixed"):
             if getattr(args, name) not in (None, []):
                 flag = "--set" if name == "fixed" else "--" + name.replace("_", "-")
-                raise UsageError(f"{flag}: a resumed search keeps what it began with; leave it out")
+                raise UsageError(f"{flag}: a resumed search keeps its settings; leave this flag out")
 
 
 def finish(found: Search, name: str, where: str, interrupted: bool) -> None:
-    """The table, the picture, the best model, and what to type next."""
+    """Write and print the report, export the best model, and print the next commands.
+
+    Raises RunFailed if no trial has finished an epoch, unless the search was interrupted.
+    """
     from dogvae.training.export import FOLDER as EXPORT
     from dogvae.training.export import export
     from tune import report
@@ -215,7 +229,7 @@ def finish(found: Search, name: str, where: str, interrupted: bool) -> None:
         report.show(found)
         if interrupted:
             return
-        raise RunFailed(f"{error}; see the reasons above, or train one setting by itself first") from error
+        raise RunFailed(f"{error}; see the reasons above, or first train one setting as a run of its own") from error
     folder = export(run, config, found.storage / EXPORT)
     report.show(found)
     say(f"""

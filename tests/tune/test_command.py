@@ -1,4 +1,4 @@
-"""The search on real Ray, interrupted and killed: every trial once, the best one exported, and the run that goes on."""
+"""A search on real Ray, interrupted and killed: every trial once, the best one exported, and trained longer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shlex
 import signal
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,29 +20,34 @@ import dogvae
 from dogvae.config import Config
 from dogvae.data.dataset import Dataset
 from dogvae.inference.elbo import evaluate
-from dogvae.storage import Storage
 from tests.support.command import Command, wait_until
-from tests.support.runs import make_dataset, records
-from tune.search_folder import open_search
+from tests.support.runs import make_dataset, records, train
+from tune.search_folder import Trial, open_search
 from tune.space import Space
 
+pytestmark = pytest.mark.slow
 TRIALS, EPOCHS = 6, 8
 SPACE = ["latent_dim=choice(4,8)", "lr=loguniform(1e-4,1e-2)", "samples=choice(1,2)", "beta=choice(1,3e38)"]
-TRIAL = "ImplicitFunc"  # how Ray calls the processes in which trials train
+TRIAL = "ImplicitFunc"  # Ray's name for the processes of trials
 FIXED = ["preset=small", "width=4", "batch_size=8"]
 
 
-def states(where: Path) -> dict[int, str]:
+def entries(where: Path) -> list[dict[str, Any]]:
+    """The content of trials.json."""
     file = where / "runs/s/trials.json"
-    return {e["number"]: e["state"] for e in json.loads(file.read_text())} if file.exists() else {}
+    return json.loads(file.read_text()) if file.exists() else []
 
 
-def epochs_of(where: Path) -> dict[str, int]:
-    return {p.parent.name: len(p.read_text().splitlines()) for p in (where / "runs/s/trials").glob("*/metrics.jsonl")}
+def states(where: Path) -> dict[int, str]:
+    return {entry["number"]: entry["state"] for entry in entries(where)}
 
 
-def names_of(family: list[psutil.Process]) -> list[str]:
-    """Of those that are still there."""
+def metrics(where: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in (where / "runs/s/trials").glob("*/metrics.jsonl")}
+
+
+def alive(family: list[psutil.Process]) -> list[str]:
+    """The names of the processes that are still running."""
     names = []
     for process in family:
         with suppress(psutil.NoSuchProcess):
@@ -50,17 +56,22 @@ def names_of(family: list[psutil.Process]) -> list[str]:
     return names
 
 
+def best_trial(where: Path) -> Trial:
+    trials = open_search(str(where / "runs"), "s").trials
+    return min((t for t in trials if t.best and t.state != "failed"), key=lambda t: t.best["val_loss"])  # type: ignore
+
+
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/s: a search that got Ctrl-C in its first trials, then lost a trial's process, then its driver."""
+    """The folder of runs/s: a search that got Ctrl-C, then lost a trial's process, then its driver, and then ended."""
     where = tmp_path_factory.mktemp("search")
     dataset = make_dataset(where / "dataset")
     typed = ["-m", "tune", "search", "--data", str(dataset), "--name", "s", "--trials", str(TRIALS)]
     typed += ["--epochs", str(EPOCHS), *(text for domain in SPACE for text in ("--search", domain))]
     first = Command(where, *typed, *(text for setting in FIXED for text in ("--set", setting)))
-    first.wait_until(lambda: sum(epochs_of(where).values()) >= 2)
+    first.wait_until(lambda: b"".join(metrics(where).values()).count(b"\n") >= 2)
     family = first.family()
-    os.killpg(first.process.pid, signal.SIGINT)  # as a terminal sends it: to all processes
+    os.killpg(first.process.pid, signal.SIGINT)  # to all processes, as a terminal does
     assert first.process.wait(60) == 130, first.text()
     assert psutil.wait_procs(family, timeout=20)[1] == []
     assert "Traceback" not in first.text()
@@ -73,29 +84,27 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     second.wait_until(lambda: second.workers(TRIAL) and states(where)[0] == "running")
     second.workers(TRIAL)[0].kill()
     second.wait_until(lambda: "done" in states(where).values())
-    names = [e["name"] for e in json.loads((where / "runs/s/trials.json").read_text()) if e["state"] == "done"]
+    done = [entry["name"] for entry in entries(where) if entry["state"] == "done"]
     assert "trial 0 has lost its process or node: it goes on from its last checkpoint" in second.text()
     assert "Traceback" not in second.text()
-    kept = {path: path.read_bytes() for n in names if (path := where / f"runs/s/trials/{n}/metrics.jsonl").exists()}
+    kept = {file: lines for file, lines in metrics(where).items() if file.parent.name in done}
     family = second.family()
     second.process.kill()
     second.process.wait()
-    # No trial trains any more. Ray's agents see after a minute that it has gone, a process that just started in half.
-    wait_until(lambda: all("Agent" in name for name in names_of(family)), 60)
+    # Wait until no trial trains any more. Ray's agents notice a dead driver only after a minute.
+    wait_until(lambda: all("Agent" in name for name in alive(family)), 60)
     before = states(where)
 
     third = Command(where, *shlex.split(stopped[1]))
     assert third.process.wait(240) == 0, third.text()
     (where / "last").write_text(third.text())
     assert kept
-    assert all(path.read_bytes().startswith(data) for path, data in kept.items())
+    assert all(file.read_bytes().startswith(lines) for file, lines in kept.items())
     assert all(states(where)[n] == "done" for n, state in before.items() if state == "done")
     return where
 
 
-@pytest.mark.slow
-def test_every_trial_is_there_once(searched: Path) -> None:
-    """With the setting that the seed says, whatever came between; the first is the nearest to the notebook's."""
+def test_every_trial_is_there_once_with_the_settings_of_its_number(searched: Path) -> None:
     found = open_search(str(searched / "runs"), "s")
     space = Space.parse(SPACE, {})
     assert [t.number for t in found.trials] == list(range(TRIALS))
@@ -103,67 +112,42 @@ def test_every_trial_is_there_once(searched: Path) -> None:
     assert found.trials[0].setting == {"latent_dim": 8, "lr": 1e-3, "samples": 2, "beta": 1.0}
     for trial in found.trials:
         assert [r["epoch"] for r in trial.records] == list(range(trial.epoch))
-    done = [t for t in found.trials if t.state == "done"]
-    assert done
-    assert all(t.epoch == EPOCHS for t in done)
+    assert "done" in states(searched).values()
     with (searched / "runs/s/report.csv").open() as file:
         assert sorted(int(row["trial"]) for row in csv.DictReader(file)) == list(range(TRIALS))
 
 
-@pytest.mark.slow
-def test_trials_with_bad_numbers_are_marked_and_the_others_go_on(searched: Path) -> None:
+def test_trials_with_bad_numbers_have_failed_and_the_others_ended(searched: Path) -> None:
     for trial in open_search(str(searched / "runs"), "s").trials:
         if trial.setting["beta"] > 1:
             assert trial.state == "failed"
             assert re.search(r"gradients of 20 steps in a row .* --lr", trial.reason)
         else:
-            assert trial.state in ("done", "stopped")
-            assert (trial.state == "done") == (trial.epoch == EPOCHS)
+            assert trial.state == ("done" if trial.epoch == EPOCHS else "stopped")
 
 
-@pytest.mark.slow
-def test_interrupted_trial_ends_as_one_that_was_not(searched: Path) -> None:
-    """Trial 0 was interrupted: the same loop, undisturbed, has the same numbers."""
-    from dogvae.training.loop import loop
-    from dogvae.training.observer import Observer
-
+def test_interrupted_trial_ends_with_the_numbers_of_an_undisturbed_run(searched: Path) -> None:
     (folder,) = (searched / "runs/s/trials").glob("00-*")
     config = Config.from_json((folder / "config.json").read_text(), "config.json")
-    loop(config, Storage(searched / "whole"), torch.device("cpu"), Observer())
+    train(config, searched / "whole")
     assert records(folder) == records(searched / "whole")
 
 
-@pytest.mark.slow
-def test_export_is_the_best_trial(searched: Path) -> None:
-    """Its validation ELBO, evaluated afresh, is the table's."""
-    found = open_search(str(searched / "runs"), "s")
-    best = min((t.best for t in found.trials if t.best and t.state != "failed"), key=lambda r: r["val_loss"])
+def test_export_has_the_loss_of_the_best_trial(searched: Path) -> None:
+    best = best_trial(searched).best
+    assert best
     model = dogvae.load(searched / "runs/s/export", "cpu").model
-    val = Dataset(found.about["config"]["data"]).val
+    val = Dataset(open_search(str(searched / "runs"), "s").about["config"]["data"]).val
     assert evaluate(model, val, torch.device("cpu"))["loss"] == pytest.approx(best["val_loss"], rel=1e-3)
     assert f"{best['val_loss']:,.1f} nats" in (searched / "last").read_text()
 
 
-@pytest.mark.slow
-def test_run_that_goes_on_with_the_best(searched: Path) -> None:
-    """The command that the search ends with: a run of its own that begins where the trial was."""
+def test_printed_command_trains_the_best_trial_longer(searched: Path) -> None:
     typed = re.search(r"dogvae (train --from-search s) --epochs \d+", (searched / "last").read_text())
     assert typed
-    command = Command(searched, "-m", "dogvae", *typed[1].split(), "--epochs", "10", "--cpus", "1",
-                      "--name", "longer")  # fmt: skip
+    typed_on = [*typed[1].split(), "--epochs", "10", "--cpus", "1", "--name", "longer"]
+    command = Command(searched, "-m", "dogvae", *typed_on)
     assert command.process.wait(180) == 0, command.text()
-    assert [r["epoch"] for r in records(searched / "runs/longer")] == list(range(10))
-    best = min(
-        (t for t in open_search(str(searched / "runs"), "s").trials if t.best and t.state != "failed"),
-        key=lambda t: t.best["val_loss"] if t.best else 0.0,
-    )
-    theirs = records(searched / f"runs/s/trials/{best.name}")
-    assert records(searched / "runs/longer")[: len(theirs)] == theirs
-
-
-@pytest.mark.slow
-def test_search_that_never_fits(tmp_path: Path) -> None:
-    command = Command(tmp_path, "-m", "tune", "search", "--data", "drawn:60", "--cpus-per-trial", "4096")
-    assert command.process.wait(120) == 2
-    assert "--cpus-per-trial" in command.text()
-    assert not list(tmp_path.rglob("search.json"))
+    longer, begun = records(searched / "runs/longer"), records(searched / f"runs/s/trials/{best_trial(searched).name}")
+    assert [r["epoch"] for r in longer] == list(range(10))
+    assert longer[: len(begun)] == begun
