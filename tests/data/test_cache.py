@@ -28,7 +28,7 @@ from dogvae.data import manifest, writer
 from dogvae.data.cache import local_copy
 from dogvae.data.dataset import Dataset
 from dogvae.data.find import DataChoice
-from dogvae.data.prepare import upload
+from dogvae.data.upload import upload
 from dogvae.errors import UsageError
 from dogvae.storage import Storage
 from dogvae.training import loop as training
@@ -405,7 +405,7 @@ def test_what_is_in_use_stays(three: list[str], cache: Path, monkeypatch: pytest
         fetched(three[2])
         assert [path.exists() for path in (a, b, c)] == [False, True, True]
         monkeypatch.setenv("DOGVAE_CACHE_GB", gb(1.1))
-        with pytest.raises(UsageError, match=r"^DOGVAE_CACHE_GB: .* MB.* MB that are in use.* MB: .* higher$"):
+        with pytest.raises(UsageError, match=r"^DOGVAE_CACHE_GB: .* MB.* in use take .* MB.* MB: .* higher$"):
             local_copy(three[0])
         assert [path.exists() for path in (a, b, c)] == [False, True, True]  # nothing goes in vain
     finally:
@@ -418,7 +418,7 @@ def test_what_is_in_use_stays(three: list[str], cache: Path, monkeypatch: pytest
 def test_larger_than_the_limit(three: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = fetched(three[0])
     monkeypatch.setenv("DOGVAE_CACHE_GB", gb(0.9))
-    with pytest.raises(UsageError, match=r"DOGVAE_CACHE_GB: the dataset has 0\.0 MB, and .* may have 0\.0 MB"):
+    with pytest.raises(UsageError, match=r"DOGVAE_CACHE_GB: the dataset takes 0\.0 MB, and .* may take 0\.0 MB"):
         local_copy(three[1])
     assert a.exists()
     assert fetched(three[0]) == a  # what is here already is used
@@ -438,7 +438,7 @@ def test_disk_without_room(three: list[str], cache: Path, monkeypatch: pytest.Mo
     usage = shutil.disk_usage(cache)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
     lock = fetch._lock(a.with_suffix(".lock"), fetch.fcntl.LOCK_SH)
-    with pytest.raises(UsageError, match=r"^DOGVAE_CACHE: .* has 0\.0 MB to spare, the dataset needs 0\.0 MB"):
+    with pytest.raises(UsageError, match=r"^DOGVAE_CACHE: .* has room for 0\.0 MB, the dataset needs 0\.0 MB"):
         local_copy(three[1])
     os.close(lock)
     assert a.exists()
@@ -570,12 +570,12 @@ def test_name_of_a_run_has_no_options_of_a_uri() -> None:
 
 
 BAD = {
-    "s3://{bucket}/nothing{options}": "has no manifest.json; to make one of photos: dogvae prepare PHOTOS s3://",
+    "s3://{bucket}/nothing{options}": "has no manifest.json; to make one: dogvae prepare PHOTOS s3://",
     "s3://no-such-bucket/dogs{options}": "has no manifest.json",
     "s3://{bucket}/photos{options}": "has no manifest.json",
     "s3://{bucket}/other{options}": "is not the manifest of a prepared dataset",
-    "file:///nowhere/dogs": "file:///nowhere/dogs is no prepared dataset",
-    "nonsense://dogs": "nonsense://dogs is no place for files",
+    "file:///nowhere/dogs": "file:///nowhere/dogs is not a prepared dataset",
+    "nonsense://dogs": "nonsense://dogs is neither a folder nor a URI of a known file system",
 }
 DOGVAE = str(Path(sys.executable).with_name("dogvae"))
 COMMANDS = {
@@ -640,14 +640,14 @@ def test_torn_upload_goes_on(remote: Path, s3: Server) -> None:
     uri = s3.uri("new")
     code = "import sys, time\nfrom pathlib import Path\nfrom dogvae import storage\nwrite = storage.Storage.write\n"
     code += "def slow(self, name, data):\n    time.sleep(10 * (name > 'train-00001')); write(self, name, data)\n"
-    code += "storage.Storage.write = slow\nfrom dogvae.data.prepare import upload\n"
+    code += "storage.Storage.write = slow\nfrom dogvae.data.upload import upload\n"
     torn = child(code + "upload(Path(sys.argv[1]), storage.Storage(sys.argv[2]))", remote, uri)
     until(lambda: {"train-00000.npy", ".uploading.json"} <= set(Storage(uri).names()))
     torn.kill()
     torn.wait()
     there = set(Storage(uri).names())
     assert there == {"train-00000.npy", ".uploading.json"}
-    assert manifest.existing(Storage(uri)) is None
+    assert manifest.existing_manifest(Storage(uri)) is None
     with pytest.raises(UsageError, match=r"has no manifest\.json"):
         local_copy(uri)
     upload(remote, Storage(uri))
@@ -669,8 +669,8 @@ def test_torn_upload_of_other_data_is_overwritten(remote: Path, write_dataset: W
 
 def test_what_is_there_is_not_overwritten(remote: Path, s3: Server) -> None:
     place = Storage(s3.uri("new"))
-    assert manifest.existing(place) is None
+    assert manifest.existing_manifest(place) is None
     place.write("thesis.txt", b"dear")
     with pytest.raises(UsageError, match="exists and is not a dataset of this version"):
-        manifest.existing(place)
-    assert manifest.existing(Storage(put(remote, s3))) == manifest.read_manifest(remote)
+        manifest.existing_manifest(place)
+    assert manifest.existing_manifest(Storage(put(remote, s3))) == manifest.read_manifest(remote)

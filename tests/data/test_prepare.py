@@ -27,7 +27,8 @@ from dogvae.data import prepare as module
 from dogvae.data.dataset import Dataset
 from dogvae.data.photos import Drawing, Photo, Rejected, Source
 from dogvae.data.prepare import cached, prepare
-from dogvae.data.writer import Row, is_val, write_dataset
+from dogvae.data.split import is_val
+from dogvae.data.writer import Row, write_dataset
 from dogvae.errors import UsageError
 from dogvae.storage import Storage
 from tests.support.s3 import Server
@@ -208,7 +209,7 @@ def test_rerun_does_nothing_and_other_settings_are_refused(tmp_path: Path, capsy
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert time.monotonic() - started < 5  # under a second on an idle machine; starting Ray takes longer
     assert (again.returncode, again.stderr) == (0, "")
-    assert "is prepared already: " in again.stdout
+    assert "is already prepared: " in again.stdout
     with pytest.raises(UsageError, match=r"--size 32, not 64; --val-fraction 0\.05, not 0\.5: name another"):
         prepare(str(source), out, size=64, val_fraction=0.5)
     with pytest.raises(UsageError, match=r"another SOURCE, .*photos"):
@@ -284,7 +285,9 @@ def test_nothing_usable_leaves_nothing_behind(tmp_path: Path) -> None:
     source = tmp_path / "photos"
     source.mkdir()
     (source / "a.jpg").write_bytes(b"junk")
-    with pytest.raises(UsageError, match=r"no usable photo, all 1 files were rejected, as a\.jpg: not an image"):
+    with pytest.raises(
+        UsageError, match=r"no usable photo: all 1 files were rejected, for example a\.jpg: not an image"
+    ):
         prepare(str(source), tmp_path / "out")
     Image.new("RGB", (9, 9)).save(source / "b.png")
     Image.new("RGB", (9, 9)).save(source / "c.png")  # the same bytes
@@ -371,10 +374,10 @@ def test_loser_of_a_race_with_other_settings_is_told(tmp_path: Path) -> None:
 
 
 def test_leftovers_in_use_are_left_alone(tmp_path: Path) -> None:
-    with atomic.appearing(tmp_path / "out") as mine:
+    with atomic.atomic_folder(tmp_path / "out") as mine:
         (tmp_path / ".out.partial-dead").mkdir()
         (tmp_path / ".other.partial-dead").mkdir()
-        with atomic.appearing(tmp_path / "out") as theirs:
+        with atomic.atomic_folder(tmp_path / "out") as theirs:
             assert mine.exists()
             assert sorted(p.name for p in tmp_path.iterdir()) == sorted([".other.partial-dead", mine.name, theirs.name])
             write_dataset(theirs, rows_of([1, 2, 3]), {"name": "theirs"}, SETTINGS)
@@ -424,7 +427,7 @@ def test_into_an_object_store(
     assert not list((tmp_path / "cache").rglob("*.npy"))
     before = len(s3.asked("PUT"))
     prepare(str(source), uri, size=32)
-    assert "is prepared already: " in capsys.readouterr().out
+    assert "is already prepared: " in capsys.readouterr().out
     with pytest.raises(UsageError, match="--size 32, not 64: name another"):
         prepare(str(source), uri, size=64)
     assert len(s3.asked("PUT")) == before
@@ -456,7 +459,7 @@ def test_upload_that_was_interrupted_needs_no_photos_again(
 def test_object_store_that_cannot_be_written_is_told_before_any_photo_is_read(
     s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_Decoding", lambda *args: pytest.fail("photos are read"))
+    monkeypatch.setattr(module, "_DecodedRows", lambda *args: pytest.fail("photos are read"))
     options = f"?endpoint_override=127.0.0.1:{s3.port}&scheme=http&region=us-east-1"
     with pytest.raises(UsageError, match=r"^OUT s3://no-such-bucket/dogs.* cannot be written: "):
         prepare("drawn:10", f"s3://no-such-bucket/dogs{options}")

@@ -18,7 +18,8 @@ import pytest
 
 from dogvae.data import photos
 from dogvae.data.drawn import draw
-from dogvae.data.source import Drawing, Photo, Rejected, open_source
+from dogvae.data.photos import Drawing, Photo, Rejected
+from dogvae.data.source import open_source
 from dogvae.errors import UsageError
 
 BOX = "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
@@ -132,14 +133,14 @@ def test_photos_of_a_folder_may_be_read_elsewhere(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tree(tmp_path / "dogs", dogs))
     now = list(open_source("."))
     source = open_source(".")
-    source.unread = True
+    source.defer_reading = True
     items = pickle.dumps(list(source))
     monkeypatch.chdir("/")
     later = pickle.loads(items)
-    assert [isinstance(item, photos.Unread) for item in later] == [True, True, False]
-    assert [item.read() if isinstance(item, photos.Unread) else item for item in later] == now
+    assert [isinstance(item, photos.UnreadPhoto) for item in later] == [True, True, False]
+    assert [item.read() if isinstance(item, photos.UnreadPhoto) else item for item in later] == now
     archive = open_source(str(make_zip(tmp_path / "dogs.zip", dogs)))
-    archive.unread = True  # of no use: its photos are one file
+    archive.defer_reading = True  # of no use: its photos are one file
     assert sorted(archive, key=str) == sorted(now, key=str)
 
 
@@ -393,7 +394,7 @@ def test_share_grows_to_the_end(tmp_path: Path) -> None:
     ):
         source = open_source(str(path))
         source.signature()
-        shares = [source.share for _ in source]
+        shares = [source.progress for _ in source]
         assert shares == sorted(shares)
         assert 0 <= shares[0] < 0.3 and 0.7 < shares[-1] <= 1  # noqa: PT018
 

@@ -622,7 +622,7 @@ def test_neighbours_in_another_dataset(model: DogVAE, write_dataset: Callable[..
     wrong = write_dataset([np.zeros((3, 3, 64, 64), np.uint8)], [np.zeros((1, 3, 64, 64), np.uint8)])
     with pytest.raises(UsageError, match="has images of 64 pixels, this model is for 32"):
         model.neighbours(dogs[0], wrong)
-    with pytest.raises(UsageError, match="is no prepared dataset"):
+    with pytest.raises(UsageError, match="is not a prepared dataset"):
         model.neighbours(dogs[0], wrong / "nowhere")
 
 

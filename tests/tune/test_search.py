@@ -365,7 +365,7 @@ def test_search_is_what_was_typed(searching: list[dict[str, Any]], dogs: str, sh
 def test_search_without_data_is_small(
     searching: list[dict[str, Any]], dogs: str, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dogvae.commands.search.DRAWN", dogs)
+    monkeypatch.setattr("dogvae.commands.search.DEFAULT_DATA", dogs)
     shell.run("search", "--name", "a")
     shell.run("search", "--name", "b", "--set", "preset=notebook")
     plans = [asked["plan"] for asked in searching[:-1]]
