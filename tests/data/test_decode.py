@@ -188,17 +188,12 @@ def test_damaged_bytes_never_raise(format: str, data: st.DataObject) -> None:
     image = bytearray(encode(noise(24, 17), format))
     for _ in range(data.draw(st.integers(1, 8))):
         image[data.draw(st.integers(0, len(image) - 1))] = data.draw(st.integers(0, 255))
-    damaged = bytes(image[: data.draw(st.integers(0, len(image)))])
+    damaged = bytes(image[: data.draw(st.integers(0, len(image)))]) + data.draw(st.binary(max_size=100))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a warning would be raised here
         for _, pixels in crops(Photo("x", damaged), 32):
-            assert isinstance(pixels, str) or (pixels.shape == (3, 32, 32) and pixels.dtype == np.uint8)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=400))
-def test_random_bytes_never_raise(data: bytes) -> None:
-    assert reason(data)
+            assert isinstance(pixels, str) or (pixels.shape, pixels.dtype) == ((3, 32, 32), np.uint8)
+            assert len(pixels) > 0
 
 
 MODES = {

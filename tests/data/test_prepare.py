@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,13 +23,15 @@ from PIL import Image
 
 from dogvae.data import prepare as module
 from dogvae.data import writer
+from dogvae.data.atomic import atomic_folder
 from dogvae.data.dataset import Dataset
 from dogvae.data.photos import Drawing, Photo, Rejected, Source
 from dogvae.data.prepare import cached, prepare
 from dogvae.errors import UsageError
 from dogvae.storage import Storage
+from tests.conftest import WriteDataset
 from tests.support.command import wait_until
-from tests.support.datasets import contents, grey_photos
+from tests.support.datasets import contents, grey_photos, noise
 from tests.support.s3 import Server
 
 SETTINGS = {"size": 32, "crop": "center", "val_fraction": 0.3}
@@ -40,13 +43,6 @@ def cluster() -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test
     yield
     ray.shutdown()
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder without the cache."""
-    (tmp_path / "place").mkdir()
-    return tmp_path / "place"
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -77,13 +73,13 @@ def write(out: Path, photos: list[Photo], workers: int | None = None) -> dict[st
 # --- what is written
 
 
-def test_files_of_a_dataset_are_as_documented(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_a_dataset_are_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "SHARD_BYTES", 30 * 3 * 32 * 32 + 1)  # 30 images per shard
-    source = grey_photos(place / "photos", 100)
+    source = grey_photos(tmp_path / "photos", 100)
     (source / "bad.jpg").write_bytes(b"junk")
     (source / "x,\n.txt").write_bytes(b"x")
-    out = prepare(str(source), place / "out", size=32, val_fraction=0.2)
-    assert names(place) == ["out", "photos"]
+    out = prepare(str(source), tmp_path / "out", size=32, val_fraction=0.2)
+    assert names(tmp_path) == ["out", "photos"]
     stored = {
         split: np.concatenate([np.load(path) for path in sorted(Path(out).glob(f"{split}-*.npy"))])
         for split in ("train", "val")
@@ -91,7 +87,7 @@ def test_files_of_a_dataset_are_as_documented(place: Path, monkeypatch: pytest.M
     assert all(image.dtype == np.uint8 and image.flags.c_contiguous for image in stored.values())
 
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in source.glob("0*.png")}
-    rows = table(place / "out/index.csv")
+    rows = table(tmp_path / "out/index.csv")
     assert [row["source_path"] for row in rows] == sorted(hashes)
     expected = {name for name, digest in hashes.items() if int(digest[:16], 16) / 2**64 < 0.2}
     assert {row["source_path"] for row in rows if row["split"] == "val"} == expected
@@ -100,7 +96,7 @@ def test_files_of_a_dataset_are_as_documented(place: Path, monkeypatch: pytest.M
         assert split == row["split"]
         assert np.unique(stored[split][int(number)]).tolist() == [int(row["source_path"][:3])]
 
-    manifest = json.loads((place / "out/manifest.json").read_text())
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["settings"] == {"size": 32, "crop": "center", "val_fraction": 0.2}
     assert (manifest["source"]["kind"], manifest["source"]["name"]) == ("folder", str(source))
     assert manifest["rejected"] == 2
@@ -108,10 +104,10 @@ def test_files_of_a_dataset_are_as_documented(place: Path, monkeypatch: pytest.M
         assert described["count"] == len(stored[split]) == sum(shard["count"] for shard in described["shards"])
         assert [shard["count"] for shard in described["shards"][:-1]] == [30] * (len(described["shards"]) - 1)
         for shard in described["shards"]:
-            data = (place / "out" / shard["file"]).read_bytes()
+            data = (tmp_path / "out" / shard["file"]).read_bytes()
             assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     assert len(manifest["splits"]["train"]["shards"]) > 1
-    assert {row["path"]: row["reason"] for row in table(place / "out/rejected.csv")} == {
+    assert {row["path"]: row["reason"] for row in table(tmp_path / "out/rejected.csv")} == {
         "bad.jpg": "not an image of a known format (JPEG, PNG, WEBP, GIF, BMP)",
         "x,\n.txt": "suffix '.txt' is not an image's",
     }
@@ -136,11 +132,6 @@ def test_boxes_of_a_photo_are_in_the_same_split(tmp_path: Path) -> None:
     assert all(a["split"] == b["split"] for a, b in zip(rows[::2], rows[1::2], strict=True))
     reasons = [row["reason"] for row in table(tmp_path / "out/rejected.csv")]
     assert reasons == ["box (50, 0, 60, 32) is empty or outside the image (32 x 32 pixels)"] * 19 + ["no bounding box"]
-
-
-def test_drawn_dogs_are_prepared(tmp_path: Path) -> None:
-    prepare("drawn:6:1", tmp_path / "out", size=32, val_fraction=0.3)
-    assert {row["source_path"] for row in table(tmp_path / "out/index.csv")} == {f"drawn:{i}:1" for i in range(6)}
 
 
 def test_file_name_that_is_not_utf8_is_written_escaped(tmp_path: Path) -> None:
@@ -180,6 +171,7 @@ def test_workers_limit_the_tasks_at_the_same_time(tmp_path: Path, monkeypatch: p
 def test_only_the_photo_that_crashes_its_task_is_rejected(tmp_path: Path) -> None:
     class Deadly(Drawing):
         def draw(self, size: int) -> Image.Image:
+            assert "torch" not in sys.modules, "the tasks import torch"
             if self.index == 7:
                 os.kill(os.getpid(), signal.SIGSEGV)
             return Image.new("RGB", (size, size), (self.index, 0, 0))
@@ -187,15 +179,6 @@ def test_only_the_photo_that_crashes_its_task_is_rejected(tmp_path: Path) -> Non
     manifest = write(tmp_path / "out", [Photo(f"{i}", Deadly(i, 0)) for i in range(40)])
     assert sum(split["count"] for split in manifest["splits"].values()) == 39
     assert table(tmp_path / "out/rejected.csv") == [{"path": "7", "reason": "its decoder crashed"}]
-
-
-def test_tasks_do_not_import_torch(tmp_path: Path) -> None:
-    class Witness(Drawing):
-        def draw(self, size: int) -> Image.Image:
-            assert "torch" not in sys.modules, "torch is imported"
-            return Image.new("RGB", (size, size), (self.index, 0, 0))
-
-    assert write(tmp_path / "out", [Photo(str(i), Witness(i, 0)) for i in range(9)])["rejected"] == 0
 
 
 # --- repeated, simultaneous and interrupted runs
@@ -232,41 +215,56 @@ def test_cached_prepares_once_for_each_source_and_settings(tmp_path: Path) -> No
     assert len(names(tmp_path / "prepared")) == 3
 
 
-def test_two_runs_into_the_same_folder_both_succeed(place: Path) -> None:
-    source = grey_photos(place / "photos", 40)
+def test_two_runs_into_the_same_folder_both_succeed(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(prepare, str(source), place / "out", size=32) for _ in range(2)]
-        assert [run.result() for run in runs] == [place / "out"] * 2
-    assert names(place) == ["out", "photos"]
+        runs = [pool.submit(prepare, "drawn:40:1", tmp_path / "out", size=32) for _ in range(2)]
+        assert [run.result() for run in runs] == [tmp_path / "out"] * 2
+    assert names(tmp_path) == ["out"]
+    assert {row["source_path"] for row in table(tmp_path / "out/index.csv")} == {f"drawn:{i}:1" for i in range(40)}
 
 
-def test_run_that_was_overtaken_by_one_with_other_settings_is_refused(place: Path) -> None:
+def test_leftovers_are_deleted_unless_a_run_uses_them(tmp_path: Path, write_dataset: WriteDataset) -> None:
+    """And of two runs into the same folder, the first one to finish wins."""
+    place = tmp_path / "place"
+    first, second = (write_dataset([noise(2, i)], [noise(1, i)], f"dataset-{i}") for i in range(2))
+    with atomic_folder(place / "out") as slow:
+        for name in (".out.partial-dead", ".other.partial-dead"):
+            (place / name).mkdir()
+        with atomic_folder(place / "out") as fast:
+            assert names(place) == sorted([".other.partial-dead", slow.name, fast.name])
+            shutil.copytree(first, fast, dirs_exist_ok=True)
+        shutil.copytree(second, slow, dirs_exist_ok=True)
+    assert names(place) == [".other.partial-dead", "out"]
+    assert contents(place / "out") == contents(first)
+
+
+def test_run_that_was_overtaken_by_one_with_other_settings_is_refused(tmp_path: Path) -> None:
     class Overtaken(Items):
         def __iter__(self) -> Iterator[Photo | Rejected]:
-            write(place / "out", photos)
+            write(tmp_path / "out", photos)
             return iter(photos)
 
     photos = [Photo(str(i), Drawing(i, 0)) for i in range(4)]
     with pytest.raises(UsageError, match="--size 32, not 64"):
-        module._prepare(Overtaken([]), "0", place / "out", SETTINGS | {"size": 64}, None)
-    assert json.loads((place / "out/manifest.json").read_text())["size"] == 32
-    assert names(place) == ["out"]
+        module._prepare(Overtaken([]), "0", tmp_path / "out", SETTINGS | {"size": 64}, None)
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["size"] == 32
+    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_interrupted_run_leaves_no_dataset_and_the_next_one_cleans_up(place: Path, how: signal.Signals) -> None:
-    out = place / "out"
+def test_interrupted_run_leaves_no_dataset_and_the_next_one_cleans_up(tmp_path: Path, how: signal.Signals) -> None:
+    out = tmp_path / "out"
     code = f"from dogvae.data.prepare import prepare; prepare('drawn:100000', {str(out)!r}, size=32)"
     env = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     run = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE)
-    wait_until(lambda: any(p.stat().st_size > 1000 for p in place.glob(".out.partial-*/index.csv")), 60)
+    wait_until(lambda: any(p.stat().st_size > 1000 for p in tmp_path.glob(".out.partial-*/index.csv")), 60)
     run.send_signal(how)
     assert run.wait(60) != 0
     assert not out.exists()
-    assert len(names(place)) == (1 if how is signal.SIGKILL else 0)
-    prepare(str(grey_photos(place / "photos", 5)), out, size=32)
-    assert names(place) == ["out", "photos"]
+    assert len(names(tmp_path)) == (1 if how is signal.SIGKILL else 0)
+    prepare(str(grey_photos(tmp_path / "photos", 5)), out, size=32)
+    assert names(tmp_path) == ["out", "photos"]
 
 
 # --- mistakes
@@ -321,17 +319,17 @@ def test_out_may_be_an_empty_folder_or_a_link_to_one(tmp_path: Path) -> None:
     assert (real / "manifest.json").exists()
 
 
-def test_source_without_two_usable_photos_is_refused_and_leaves_nothing(place: Path) -> None:
-    source = place / "photos"
+def test_source_without_two_usable_photos_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "photos"
     source.mkdir()
     (source / "a.jpg").write_bytes(b"junk")
     with pytest.raises(UsageError, match=r"no usable photo: all 1 files were rejected, for example a\.jpg: not an im"):
-        prepare(str(source), place / "out")
+        prepare(str(source), tmp_path / "out")
     for name in ("b.png", "c.png"):
         Image.new("RGB", (9, 9)).save(source / name)
     with pytest.raises(UsageError, match=r"all 2 usable images .* at least two different photos"):
-        prepare(str(source), place / "out")
-    assert names(place) == ["photos"]
+        prepare(str(source), tmp_path / "out")
+    assert names(tmp_path) == ["photos"]
 
 
 # --- object stores

@@ -111,13 +111,6 @@ def test_folders_that_link_to_each_other_are_read_once(tmp_path: Path) -> None:
     assert len(read(tmp_path)[0]) == 8  # more than 8! paths lead to them
 
 
-def test_file_name_may_be_any_bytes(tmp_path: Path) -> None:
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xffg.jpg")).write_bytes(b"x")
-    [path] = read(tmp_path)[0]
-    assert path == "d\udcffg.jpg"
-    assert open_source(str(tmp_path)).signature()
-
-
 def test_file_over_the_size_limit_is_rejected_unread(tmp_path: Path) -> None:
     with (tmp_path / "huge.jpg").open("wb") as file:
         file.truncate(photos.MAX_BYTES + 1)  # a sparse file
@@ -176,36 +169,26 @@ def test_archive_gives_its_photos_and_rejects_paths_that_lead_outside(tmp_path: 
 
 
 def test_unreadable_zip_members_are_rejected(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "dogs.zip", {"good.jpg": b"good", "huge.jpg": b"x", "secret.jpg": b"x"})
+    members = {"good.jpg": b"good", "huge.jpg": b"x", "secret.jpg": b"x", "bomb.jpg": bytes(2**20)}
+    path = make_zip(tmp_path / "dogs.zip", members)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(zipfile.ZipInfo("broken.jpg"), b"PAYLOAD")  # not compressed, so that it can be damaged below
         link = zipfile.ZipInfo("link.jpg")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
-        for member in archive.infolist():
-            if member.filename == "huge.jpg":
-                member.file_size = photos.MAX_BYTES + 1
-            if member.filename == "secret.jpg":
-                member.flag_bits |= 1
+        archive.getinfo("huge.jpg").file_size = photos.MAX_BYTES + 1
+        archive.getinfo("bomb.jpg").file_size = 10
+        archive.getinfo("secret.jpg").flag_bits |= 1
     path.write_bytes(path.read_bytes().replace(b"PAYLOAD", b"PAYLOAX"))
     found, rejected = read(path)
     assert data(found) == {"good.jpg": b"good"}
     assert rejected == {
+        "bomb.jpg": "Bad CRC-32 for file 'bomb.jpg'",
         "broken.jpg": "Bad CRC-32 for file 'broken.jpg'",
         "huge.jpg": "over 256 MB",
         "link.jpg": "a link",
         "secret.jpg": "encrypted",
     }
-
-
-def test_zip_bomb_with_a_wrong_size_is_rejected(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "bomb.zip", {"bomb.jpg": bytes(2**20)})
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.getinfo("bomb.jpg").file_size = 10
-        archive.writestr("dog.jpg", b"dog")
-    found, rejected = read(path)
-    assert (list(found), list(rejected)) == (["dog.jpg"], ["bomb.jpg"])
-    assert "CRC" in rejected["bomb.jpg"]
 
 
 def test_tar_links_and_devices_are_rejected(tmp_path: Path) -> None:
