@@ -60,7 +60,7 @@ def prepare(
     settings = _settings(size, crop, val_fraction, workers)
     place = Storage(out)
     target = Path(os.path.realpath(place.local)) if place.local else place
-    existing_manifest(target)  # may raise; listing the source can take long
+    existing_manifest(target)  # may raise: checked before the source, whose listing can take long
     opened = open_source(source, crop)
     if isinstance(target, Path):
         _must_be_outside(target, opened)
