@@ -1,4 +1,4 @@
-"""A folder on a disk, a network share or an object store: whole files, written at once or not at all."""
+"""Files in a folder on a disk, a network share or an object store, read and written whole and atomically."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ import pyarrow.fs as pafs
 
 from dogvae.errors import UsageError
 
-BLOCK = 8 * 2**20  # bytes; each is a request of its own to an object store
+BLOCK = 8 * 2**20  # bytes; an object store gets one request for each
 
 
 def is_uri(place: str | Path) -> bool:
-    """Whether a place is named by a URI, such as `s3://bucket/dogs`, and not by a path."""
+    """Whether `place` is a URI, such as `s3://bucket/dogs`, rather than a path."""
     return isinstance(place, str) and "://" in place
 
 
 def cache_folder() -> Path:
-    """Where this node keeps what it can get again: `$DOGVAE_CACHE`, by default `~/.cache/dogvae`."""
+    """The folder on this node for files that can be fetched again: `$DOGVAE_CACHE`, by default `~/.cache/dogvae`."""
     return Path(os.environ.get("DOGVAE_CACHE") or "~/.cache/dogvae").expanduser().absolute()
 
 
 class Storage:
-    """Files below `uri`, which is a path or anything that pyarrow knows (`s3://bucket/runs`, `gs://...`).
+    """The files below `uri`, a path or a URI that pyarrow knows (`s3://bucket/runs`, `gs://...`).
 
-    Names are relative to it, with `/`. Methods raise OSError as the file system does.
+    Names are relative to `uri`, with `/`. `local` is the folder's absolute path, or None for a remote file system.
+    Methods raise OSError; creating a Storage for an unknown kind of URI raises UsageError.
     """
 
     def __init__(self, uri: str | Path) -> None:
@@ -40,7 +41,7 @@ class Storage:
             else:
                 self._fs, self._root = pafs.FileSystem.from_uri(self.uri)
         except (ValueError, OSError) as error:
-            raise UsageError(f"{uri} is no place for files: {error}") from error
+            raise UsageError(f"{uri} is neither a folder nor a URI of a known file system: {error}") from error
 
     def __truediv__(self, name: str) -> Storage:
         return Storage(self.uri_of(name))
@@ -49,28 +50,28 @@ class Storage:
         return self.uri
 
     def uri_of(self, name: str) -> str:
-        """The path or URI of a file or folder in it."""
+        """The path or URI of the file or folder `name`."""
         if self.local:
             return str(self.local / name)
         head, query, options = self.uri.partition("?")
         return f"{head}/{name}{query}{options}"
 
     def read(self, name: str) -> bytes:
-        """The whole file; FileNotFoundError if there is none."""
+        """The bytes of a file; FileNotFoundError if it does not exist."""
         with self._fs.open_input_file(f"{self._root}/{name}") as file:
             return file.readall()
 
     def blocks(self, name: str, start: int = 0) -> Iterator[bytes]:
-        """The file's bytes from `start` on, piece by piece; FileNotFoundError if there is none."""
+        """The bytes of a file from `start` on, in blocks; FileNotFoundError if it does not exist."""
         with self._fs.open_input_file(f"{self._root}/{name}") as file:
             file.seek(start)
             while block := file.read(BLOCK):
                 yield block
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a whole file: after a kill or a full disk there is the old file or the new one, never a part."""
+        """Write a file atomically: a kill or a full disk leaves the old file or the new one, never a part of it."""
         if self.local is None:
-            # An object appears when its upload is complete.
+            # Object stores show an object only when its upload is complete.
             with self._fs.open_output_stream(f"{self._root}/{name}") as stream:
                 stream.write(data)
             return
@@ -87,16 +88,16 @@ class Storage:
             partial.unlink(missing_ok=True)
 
     def names(self, folder: str = "") -> list[str]:
-        """The names of the files directly in `folder`, sorted; none if it does not exist."""
+        """The sorted names of the files directly in `folder`; an empty list if the folder does not exist."""
         selector = pafs.FileSelector(f"{self._root}/{folder}".rstrip("/"), allow_not_found=True)
         return sorted(f.base_name for f in self._fs.get_file_info(selector) if f.is_file)
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file or folder of that name."""
+        """Whether the file or folder `name` exists."""
         return self._fs.get_file_info(f"{self._root}/{name}").type != pafs.FileType.NotFound
 
     def delete(self, name: str) -> None:
-        """Delete a file; no error if it is gone already."""
+        """Delete a file, if it exists."""
         try:
             self._fs.delete_file(f"{self._root}/{name}")
         except FileNotFoundError:

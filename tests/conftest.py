@@ -35,7 +35,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def write_dataset(tmp_path: Path) -> WriteDataset:
-    """Writes arrays (n, 3, h, h) as a prepared dataset: one shard for each array, in the documented format."""
+    """Writes arrays (n, 3, h, h) as a prepared dataset, one shard for each array.
+
+    It follows the documented format without the product's code, so that tests of reading do not depend on the writer.
+    (`tests.support.runs.make_dataset` writes drawn dogs with the product's writer, for tests of training.)
+    """
 
     def write(train: list[np.ndarray], val: list[np.ndarray], name: str = "dataset") -> Path:
         folder = tmp_path / name

@@ -108,7 +108,7 @@ def _look(runs: str, data: str | None, token: str, number: int) -> dict[str, Any
     """Runs on a node."""
     import torch
 
-    from dogvae.data.cache import outlook
+    from dogvae.data.cache import copy_status
     from dogvae.data.dataset import Dataset
     from dogvae.data.manifest import read_manifest, shards_of
     from dogvae.errors import UsageError
@@ -123,7 +123,7 @@ def _look(runs: str, data: str | None, token: str, number: int) -> dict[str, Any
         try:
             if is_uri(data):  # a look fetches nothing
                 manifest = read_manifest(data)
-                found["copy"] = outlook(manifest)
+                found["copy"] = copy_status(manifest)
             else:
                 manifest = Dataset(data).manifest
             images = sum(shard["count"] for shard in shards_of(manifest))

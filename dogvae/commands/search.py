@@ -22,7 +22,7 @@ from dogvae.commands import flags
 from dogvae.commands.remote import run_there
 from dogvae.config import Config, check
 from dogvae.console import say
-from dogvae.data.find import DRAWN, DataChoice
+from dogvae.data.find import DEFAULT_DATA, DataChoice
 from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
 from dogvae.training import run_folder
@@ -105,7 +105,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
 
 def search(args: argparse.Namespace) -> int:
     """Run a new or resumed search, and export its best trial. Returns the exit status."""
-    name, data = args.resume or args.name, args.data or DRAWN
+    name, data = args.resume or args.name, args.data or DEFAULT_DATA
     known: list[Entry] = []
     if args.resume is not None:
         old = open_search(args.runs, name)

@@ -20,7 +20,7 @@ from dogvae.commands import flags
 from dogvae.commands.remote import run_there
 from dogvae.config import Config
 from dogvae.console import say
-from dogvae.data.find import DRAWN, DataChoice
+from dogvae.data.find import DEFAULT_DATA, DataChoice
 from dogvae.storage import Storage
 from dogvae.training import metrics, run_folder
 from tune.ranking import best_run
@@ -35,7 +35,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     flags.check_training(args)
     safety = flags.safety(args)
     settings = flags.given(args)
-    choice = DataChoice(args.data or DRAWN, settings.get("image_size"), args.crop, args.val_fraction)
+    choice = DataChoice(args.data or DEFAULT_DATA, settings.get("image_size"), args.crop, args.val_fraction)
     name = args.name or run_folder.default_name(args.from_search or choice.data)
     is_new = not (args.resume or args.from_search)
     if args.data is None and is_new and "preset" not in settings:

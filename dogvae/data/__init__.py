@@ -1,1 +1,1 @@
-"""From photos to batches."""
+"""From photos to batches of images: `prepare` writes a dataset, `Dataset` opens it, `Batches` reads it."""

@@ -1,4 +1,4 @@
-"""Photos in a .zip or .tar(.gz): streamed, never unpacked to the disk."""
+"""Photos in a .zip, .tar or .tar.gz: streamed, never unpacked to the disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from functools import partial
 from pathlib import PureWindowsPath
 from typing import Any, TypeVar
 
-from dogvae.data.photos import MAX_BYTES, MAX_HEADER_BYTES, READ_ERRORS, Entry, FileSource, Rejected, is_hidden, why
+from dogvae.data.photos import (
+    MAX_BYTES,
+    MAX_HEADER_BYTES,
+    READ_ERRORS,
+    Entry,
+    FileSource,
+    Rejected,
+    is_hidden,
+    reason_of,
+)
 from dogvae.errors import UsageError
 
 _Archive = TypeVar("_Archive", zipfile.ZipFile, tarfile.TarFile)
@@ -25,7 +34,7 @@ class Zip(FileSource):
         with _opened(self.name, partial(zipfile.ZipFile, self._path)) as archive:
             members = sorted((m for m in archive.infolist() if not m.is_dir()), key=lambda m: m.filename)
             for index, member in enumerate(members):
-                self.share = index / len(members)
+                self.progress = index / len(members)
                 kind = stat.S_IFMT(member.external_attr >> 16)
                 reason = "encrypted" if member.flag_bits & 1 else None
                 if kind not in (0, stat.S_IFREG):
@@ -33,7 +42,7 @@ class Zip(FileSource):
                 yield from _member(member.filename, member.file_size, reason, partial(_read_zip, archive, member))
 
 
-# What tarfile reads into memory whole, whatever size it declares.
+# The kinds of header that tarfile reads into memory whole, however large they claim to be.
 _READ_WHOLE = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -44,7 +53,7 @@ _READ_WHOLE = (
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end of the archive: here it is an error, and so is a giant long name."""
+    """Raises ReadError for a damaged header, which tarfile takes for the end, and for an extended one over 1 MB."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Any:
@@ -74,27 +83,28 @@ class Tar(FileSource):
             with _opened(self.name, opener) as archive:
                 try:
                     while (member := archive.next()) is not None:
-                        archive.members.clear()  # type: ignore[attr-defined]  # or a million members stay in memory
-                        self.share = raw.tell() / total
+                        archive.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps all
+                        self.progress = raw.tell() / total
                         if member.isdir():
                             continue
                         reason = "a link" if member.issym() or member.islnk() else "not a regular file"
                         read = partial(_read_tar, archive, member)
                         yield from _member(member.name, member.size, None if member.isreg() else reason, read)
                 except READ_ERRORS as error:
-                    yield Rejected(os.path.basename(self.name), f"the rest of the archive was not read: {why(error)}")
+                    reason = f"the rest of the archive was not read: {reason_of(error)}"
+                    yield Rejected(os.path.basename(self.name), reason)
 
 
 def _opened(name: str, opener: Callable[[], _Archive]) -> _Archive:
     try:
         return opener()
     except READ_ERRORS as error:
-        raise UsageError(f"SOURCE {name} cannot be opened: {why(error)}") from error
+        raise UsageError(f"SOURCE {name} cannot be opened: {reason_of(error)}") from error
 
 
 def _member(name: str, size: int, reason: str | None, read: Callable[[], bytes]) -> Iterator[Entry | Rejected]:
-    """A member of an archive, by a name that anyone may have written into it; nothing if it is a hidden one."""
-    path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
+    """One entry for a member, or none if it is hidden. `name` is not to be trusted: it may lead anywhere."""
+    path = PureWindowsPath(name)  # splits at both kinds of slashes, and knows drives
     if path.anchor or ".." in path.parts:
         yield Rejected(name, "would land outside the folder that the archive is unpacked into")
     elif not any(is_hidden(part) for part in path.parts):

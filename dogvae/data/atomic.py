@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Write a folder atomically: other processes see all of it or nothing."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from dogvae.data.manifest import existing
+from dogvae.data.manifest import existing_manifest
 from dogvae.errors import UsageError
 
 
 @contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that is renamed to it when the block ends well, and removed when it does not.
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `out`; rename it to `out` on success, delete it on failure.
 
-    A lock on it tells other runs that it is in use; those that killed runs have left are removed. If somebody else has
-    made `out` in the meantime, theirs stays. Raises UsageError if it cannot be written.
+    A lock marks the temporary folder as in use. Unlocked ones, left by processes that were killed, are deleted. If
+    another process has written a dataset to `out` in the meantime, that dataset stays. Raises UsageError if `out`
+    cannot be written.
     """
     prefix = f".{out.name}.partial-"
     if out.is_mount():
@@ -30,19 +31,19 @@ def appearing(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         for name in os.listdir(out.parent):
             if name.startswith(prefix):
-                _remove_unlocked(out.parent / name)
+                _delete_if_unlocked(out.parent / name)
         folder, lock = _new_locked_folder(out.parent, prefix)
     except OSError as error:
         raise UsageError(f"OUT {out} cannot be written: {error.strerror}") from error
     try:
         yield folder
-        _sync_folder(folder)
+        sync_folder(folder)
         try:
             folder.rename(out)
         except OSError:
-            if existing(out) is None:
+            if existing_manifest(out) is None:
                 raise
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EBUSY):
             raise
@@ -57,15 +58,15 @@ def _new_locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
         folder = parent / f"{prefix}{secrets.token_hex(4)}"
         folder.mkdir()
         lock = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # some network file systems lock no folders: there, leftovers stay
+        with suppress(OSError):  # some network file systems cannot lock folders: leftovers stay there
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # another run can take it for a leftover until it is locked
+        if folder.exists():  # before the lock, another process may have deleted it as a leftover
             return folder, lock
         os.close(lock)
 
 
-def _remove_unlocked(folder: Path) -> None:
-    with suppress(OSError):  # in use, or just gone
+def _delete_if_unlocked(folder: Path) -> None:
+    with suppress(OSError):  # locked by another process, or already deleted
         lock = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,12 +75,14 @@ def _remove_unlocked(folder: Path) -> None:
             os.close(lock)
 
 
-def _sync(file: IO[Any]) -> None:
+def sync_file(file: IO[Any]) -> None:
+    """Wait until everything written to `file` is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in `folder` are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""A prepared dataset: opening it, the order of its images, and uint8 batches on the device.
+"""A prepared dataset: opening it, the order of its images in an epoch, and uint8 batches on the device.
 
-torch is imported where it is used: the command opens a dataset too, and would take seconds to import it.
+torch is imported only where it is used: commands open datasets too, and importing torch takes seconds.
 """
 
 from __future__ import annotations
@@ -25,38 +25,36 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-RESIDENT_SHARE = 0.25  # of the device's free memory: what a dataset may fill before it is streamed instead
+RESIDENT_SHARE = 0.25  # of the device's free memory: a larger split is streamed instead of kept on the device
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of `n` images in which an epoch sees them, int64."""
+    """The order of the `n` training images in an epoch: a random permutation (n,) int64."""
     return np.argsort(rng.words(n, Stream.ORDER, seed, epoch), kind="stable")
 
 
 def rank_slice(n: int, rank: int, world_size: int) -> slice:
-    """The part of a global batch of `n` images that falls to `rank`: contiguous, sizes differ by one at most."""
+    """The contiguous part of a global batch of `n` images that `rank` gets; sizes of parts differ by at most 1."""
     return slice(n * rank // world_size, n * (rank + 1) // world_size)
 
 
 class Split:
-    """The images of one split, memory-mapped until they are gathered."""
+    """The images of one split, memory-mapped from the shards in `root`. Raises UsageError for damaged shards."""
 
     def __init__(self, root: Path, shards: Sequence[dict[str, Any]], size: int) -> None:
         self._shards: list[np.ndarray] = []
         for shard in shards:
             path = root / shard["file"]
             try:
-                if path.stat().st_size != shard["bytes"]:
-                    has = path.stat().st_size
-                    raise UsageError(f"{path} has {has} bytes, not {shard['bytes']} as prepared: prepare it again")
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
+                length = path.stat().st_size
+                array = np.load(path, mmap_mode="r", allow_pickle=False) if length == shard["bytes"] else None
             except (OSError, ValueError) as error:
-                if isinstance(error, UsageError):
-                    raise
                 raise UsageError(f"{path} cannot be read ({error}): prepare the dataset again") from error
+            if array is None:
+                raise UsageError(f"{path} has {length} bytes, not {shard['bytes']}: prepare the dataset again")
             if array.dtype != np.uint8 or array.shape != (shard["count"], 3, size, size):
                 raise UsageError(
-                    f"{path} holds {array.dtype} {array.shape}: not what its manifest says; prepare it again"
+                    f"{path} holds {array.dtype} {array.shape}, not what its manifest says: prepare the dataset again"
                 )
             self._shards.append(array)
         self._starts = np.cumsum([0] + [len(s) for s in self._shards])
@@ -67,7 +65,7 @@ class Split:
         return int(self._starts[-1])
 
     def gather(self, indices: np.ndarray) -> Tensor:
-        """Images (b, 3, h, h) uint8 on the CPU, in the order of `indices` (b,)."""
+        """Images (b, 3, h, h) uint8 on the CPU, copied in the order of `indices` (b,)."""
         import torch
 
         if len(self._shards) == 1:
@@ -80,17 +78,17 @@ class Split:
         return torch.from_numpy(out)
 
     def chunks(self, size: int, most: int | None = None) -> Iterator[Tensor]:
-        """The first `most` images (default: all) in their order, `size` at once, as `gather` gives them."""
+        """The first `most` images (default: all) in stored order, as uint8 (size, 3, h, h); the last may be shorter."""
         n = min(len(self), most or len(self))
         for start in range(0, n, size):
             yield self.gather(np.arange(start, min(start + size, n)))
 
 
 class Dataset:
-    """An opened dataset: `train` and `val` splits, `size` of the images and the `fingerprint` of it all.
+    """An opened dataset: splits `train` and `val`, `size` of the images in pixels, `fingerprint`, `manifest`.
 
-    `path` is what was opened, a path or a URI, and `folder` where that lies on this node. With the `fingerprint` of
-    what is wanted, any other dataset is refused. Raises UsageError.
+    `path` is what was opened, a path or a URI, and `folder` is where it is on this node: a URI is copied there first.
+    Raises UsageError if the dataset is missing or damaged, or has another fingerprint than `fingerprint`.
     """
 
     def __init__(self, path: str | Path, fingerprint: str = "") -> None:
@@ -105,23 +103,22 @@ class Dataset:
         )
 
     @property
-    def copy(self) -> tuple[Any, ...]:
-        """The same on two ranks if they read the same files, or files that only the user can mend."""
+    def copy_key(self) -> tuple[Any, ...]:
+        """Key of the physical copy: equal for ranks that share it. Empty for plain paths, which are never repaired."""
         status = self.folder.stat()
         return (socket.gethostname(), status.st_dev, status.st_ino) if is_uri(self.path) else ()
 
     def verify(self, rank: int = 0, world_size: int = 1) -> list[Path]:
-        """Compare this rank's share of the shards with their checksums.
+        """Compare this rank's share of the shards with their checksums; returns the files that were repaired.
 
-        `rank` counts among the `world_size` ranks that have this `copy`. Files of a node's own copy that differ are
-        fetched again and returned: whoever has opened them should open them again. UsageError names the first that
-        cannot be mended.
+        `rank` and `world_size` count the ranks with the same `copy_key`. Damaged files of a node's copy are fetched
+        again: ranks that have them open must open them again. Raises UsageError for a file that cannot be repaired.
         """
         shards = shards_of(self.manifest)[rank::world_size]
         damaged = [s["file"] for s in shards if sha256_of(self.folder / s["file"]) != s["sha256"]]
         paths = [self.folder / name for name in damaged]
         if damaged and not is_uri(self.path):
-            raise UsageError(f"{paths[0]} is not what was prepared (its checksum differs): prepare it again")
+            raise UsageError(f"{paths[0]} is not what was prepared (its checksum differs): prepare the dataset again")
         if damaged:
             try:
                 local_copy(self.path, self.fingerprint, damaged)
@@ -140,10 +137,11 @@ def sha256_of(path: Path) -> str:
 
 
 class Batches:
-    """Batches of a split as uint8 (b, 3, h, h) on the device, for lists of indices known beforehand.
+    """Batches of a split as uint8 (b, 3, h, h) on the device.
 
-    The whole split is put on the device when it fits a quarter of its free memory; on the CPU the memory map is that
-    already, and all workers of a node share its pages. Otherwise each batch is gathered, pinned and copied one ahead.
+    On a GPU, a split that takes less than a quarter of the free memory is copied there whole. Otherwise each batch is
+    gathered, and on a GPU pinned and copied, while the one before it is used. On the CPU the memory map serves all
+    workers of a node, which share its pages.
     """
 
     def __init__(self, split: Split, device: torch.device) -> None:
@@ -156,7 +154,7 @@ class Batches:
             self._resident = torch.cat([torch.from_numpy(np.array(s)) for s in split._shards]).to(device)
 
     def __call__(self, batches: Iterable[np.ndarray]) -> Iterator[Tensor]:
-        """One batch for each array of indices."""
+        """Yield one batch for each array of indices (b,)."""
         import torch
 
         if self._resident is not None:
@@ -179,7 +177,7 @@ class Batches:
 
 
 def moments(split: Split, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """Mean image and mean squared image (3, h, h), float64 of values in [0, 1]; sums of integers, so exact."""
+    """Mean image and mean squared image (3, h, h), float64, of values in [0, 1]. Exact: sums of integers."""
     import torch
 
     sums = torch.zeros(2, 3, *split.image_shape[1:], dtype=torch.int64)
@@ -190,7 +188,7 @@ def moments(split: Split, chunk: int = 1024) -> tuple[Tensor, Tensor]:
 
 
 def grey_levels(split: Split, chunk: int = 1024) -> np.ndarray:
-    """How often each of the 256 values occurs in all images, (256,) int64."""
+    """How often each of the 256 byte values occurs in all images, (256,) int64."""
     counts = np.zeros(256, np.int64)
     for x in split.chunks(chunk):
         counts += np.bincount(x.numpy().ravel(), minlength=256)

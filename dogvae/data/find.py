@@ -1,4 +1,4 @@
-"""Which dataset a run learns from: a prepared one, or photos that are prepared once."""
+"""What `--data` selects for a run: a prepared dataset, or photos that are prepared once and then reused."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from dogvae.data.dataset import Dataset
 
 
-CACHE = ".datasets"  # below the runs, hidden: no run can be called so
-DRAWN = "portraits:2000"  # what a run without --data learns from
+CACHE = ".datasets"  # in the runs folder; names of runs do not start with a dot
+DEFAULT_DATA = "portraits:2000"  # for a run without --data
 
 
 @dataclass(frozen=True)
 class DataChoice:
-    """What a run learns from, and how photos become its images."""
+    """The data of a run, and how photos are prepared for it."""
 
-    data: str = DRAWN
-    """Photos, as `open_source` takes them, or a prepared dataset."""
+    data: str = DEFAULT_DATA
+    """A source of photos (see `open_source`), or the path or URI of a prepared dataset."""
     image_size: int | None = None
-    """Side of the images in pixels. None, here and below, is the default for photos, and what a dataset has."""
+    """Side of the images in pixels. None, here and below: the default for photos, any value for a dataset."""
     crop: str | None = None
     val_fraction: float | None = None
 
     def check(self) -> None:
-        """UsageError, at once, if `data` is neither photos nor a dataset, or a dataset with other settings."""
+        """Raise UsageError if `data` is neither photos nor a dataset, or a dataset with other settings."""
         if not self._is_prepared:
             open_source(self.data, self.crop or CROPS[0])
             return
@@ -46,7 +46,7 @@ class DataChoice:
                 raise UsageError(f"{flag}: {self.data} was prepared with {has}; prepare the photos again for {value}")
 
     def open(self, runs: str) -> Dataset:
-        """The dataset that `data` is, or that is made of the photos, once, in a cache beside the runs."""
+        """Open the dataset. Photos are prepared once, into a cache in the folder `runs` (of this node if that is remote)."""
         from dogvae.data.dataset import Dataset
 
         if self._is_prepared:
@@ -63,7 +63,7 @@ class DataChoice:
 
 
 def absolute(data: str) -> str:
-    """The path or URI of a dataset that means the same in every process, wherever it runs."""
+    """`data`, a path or URI, made independent of the working directory."""
     if is_uri(data) and not data.startswith("file://"):
         return data
     path = str(Storage(data).local)

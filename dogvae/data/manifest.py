@@ -1,4 +1,4 @@
-"""The manifest of a prepared dataset: what it is, and how it is read and checked."""
+"""The manifest of a prepared dataset, `manifest.json`: its format, reading it, and checking it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from dogvae.errors import UsageError
 from dogvae.storage import Storage
 
 MANIFEST, FORMAT, VERSION = "manifest.json", "dogvae-dataset", 1
-UPLOADING = ".uploading.json"  # on an object store: the manifest of the dataset that is being put there
+UPLOADING = ".uploading.json"  # on an object store: the manifest of a dataset whose upload is not complete
 
 
 def fingerprint(size: int, splits: dict[str, Any]) -> str:
-    """SHA-256 of what the images are: their size, and each split's count and checksums of shards, as sorted JSON."""
+    """SHA-256 of the image size and, for each split, of its count and its shards' checksums, as sorted JSON."""
     parts = {name: [split["count"], *(shard["sha256"] for shard in split["shards"])] for name, split in splits.items()}
     return hashlib.sha256(json.dumps([size, parts], sort_keys=True).encode()).hexdigest()
 
 
 def shards_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """All shards: file, count of images, bytes, SHA-256."""
+    """The shards of both splits. Each has `file`, `count` (images), `bytes` and `sha256`."""
     return [shard for split in ("train", "val") for shard in manifest["splits"][split]["shards"]]
 
 
 def read_manifest(data: str | Path, fingerprint: str = "") -> dict[str, Any]:
-    """The checked manifest of the prepared dataset at a path or URI, and of no other than `fingerprint`, if given.
+    """The manifest of the prepared dataset at a path or URI, checked for completeness.
 
-    Raises UsageError that says what is wrong with it.
+    Raises UsageError if it is missing or damaged, of another version, or has another fingerprint than `fingerprint`.
     """
     storage = Storage(data)
     where = storage.uri_of(MANIFEST)
@@ -37,22 +37,22 @@ def read_manifest(data: str | Path, fingerprint: str = "") -> dict[str, Any]:
         manifest = json.loads(storage.read(MANIFEST))
     except FileNotFoundError as error:
         raise UsageError(
-            f"{data} is no prepared dataset: it has no {MANIFEST}; to make one of photos: dogvae prepare PHOTOS {data}"
+            f"{data} is not a prepared dataset: it has no {MANIFEST}; to make one: dogvae prepare PHOTOS {data}"
         ) from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"{data} is no prepared dataset: its {MANIFEST} cannot be read ({error})") from error
+        raise UsageError(f"{data} is not a prepared dataset: its {MANIFEST} cannot be read ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UsageError(f"{where} is not the manifest of a prepared dataset")
     if manifest.get("version") != VERSION:
         raise UsageError(
-            f"{where} has format version {manifest.get('version')}, this dogvae reads {VERSION}: "
+            f"{where} has format version {manifest.get('version')}, but this dogvae reads {VERSION}: "
             "prepare the photos again"
         )
     try:
         shards = shards_of(manifest)
         complete = all({"file", "count", "bytes", "sha256"} <= set(shard) for shard in shards)
         complete = complete and {"size", "fingerprint", "settings", "source", "rejected"} <= set(manifest)
-        # Files are written, and folders deleted, by these names: they must not lead elsewhere.
+        # The cache writes files and deletes folders by these names: they must not lead out of it.
         complete = complete and all(re.fullmatch(r"\w[\w.-]*", shard["file"]) for shard in shards)
         complete = complete and bool(re.fullmatch("[0-9a-f]{64}", manifest["fingerprint"]))
     except (KeyError, TypeError):
@@ -64,8 +64,11 @@ def read_manifest(data: str | Path, fingerprint: str = "") -> dict[str, Any]:
     return manifest
 
 
-def existing(out: Path | Storage) -> dict[str, Any] | None:
-    """The manifest of the dataset in `out`, None if nothing is there yet; UsageError if something else is."""
+def existing_manifest(out: Path | Storage) -> dict[str, Any] | None:
+    """The manifest of the dataset in `out`; None if `out` is missing or empty, or its upload is not complete.
+
+    Raises UsageError if there is anything else in `out`.
+    """
     if isinstance(out, Path):
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return None

@@ -1,4 +1,7 @@
-"""What a source gives: photos as they are stored, and what is rejected. Knows no Ray, no torch; decodes nothing."""
+"""What a source of photos yields: photos as they are stored, and the files that are rejected, with the reason.
+
+Nothing is decoded here, and neither Ray, torch nor Pillow is imported.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,10 @@ if TYPE_CHECKING:
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 Boxes = tuple[Box, ...]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp"}
-MAX_BYTES = 256 * 2**20  # of one photo; more is not a photo, and an archive can declare any size
+MAX_BYTES = 256 * 2**20  # of one photo: an archive can declare any size
 MAX_HEADER_BYTES = 2**20  # of one annotation, or of one long name in a tar
 
-# What reading a damaged file or archive raises: all the ways of zipfile, tarfile and their decompressors.
+# Everything that zipfile, tarfile and their decompressors raise on a damaged file.
 READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
 READ_ERRORS += (lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
 ANNOTATION_ERRORS: tuple[type[Exception], ...] = (*READ_ERRORS, ElementTree.ParseError, ArithmeticError, LookupError)
@@ -34,7 +37,7 @@ ANNOTATION_ERRORS: tuple[type[Exception], ...] = (*READ_ERRORS, ElementTree.Pars
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawn dog before it is drawn: drawing costs a CPU, so the workers do it."""
+    """A cartoon dog that is not drawn yet: drawing takes CPU time, so the Ray tasks do it."""
 
     index: int
     seed: int
@@ -44,7 +47,7 @@ class Drawing:
         return f"{self.kind}:{self.index}:{self.seed}"
 
     def draw(self, size: int) -> Image.Image:
-        """The picture, RGB, `size` x `size` pixels."""
+        """The image, RGB, `size` x `size` pixels."""
         from dogvae.data.drawn import draw
 
         return draw(self.index, self.seed, size, posed=self.kind == "portraits")
@@ -52,16 +55,17 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Photo:
-    """`path` is relative to the source, with `/`; `data` is the file as it is; `crop="box"` fills in `boxes`."""
+    """A photo in memory. `path` is relative to the source, with `/`; `boxes` is filled in only for `crop="box"`."""
 
     path: str
     data: bytes | Drawing
+    """The bytes of the image file, not decoded."""
     boxes: Boxes = ()
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """Something in the source that gives no photo, and why."""
+    """A file of the source that gives no photo, and why."""
 
     path: str
     reason: str
@@ -69,7 +73,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Entry:
-    """A regular file in a source. `read` returns at most `MAX_BYTES`, or one more where there is more."""
+    """A regular file in a source. `read` returns its bytes, but at most `MAX_BYTES + 1` of them."""
 
     path: str
     size: int
@@ -78,54 +82,55 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Unread:
-    """A photo that is still to be read, by whoever decodes it."""
+class UnreadPhoto:
+    """A photo whose bytes are not read yet: the process that decodes it calls `read`."""
 
     entry: Entry
     boxes: Boxes = ()
 
     @property
     def path(self) -> str:
-        """As the photo's."""
+        """Relative to the source, as in `Photo`."""
         return self.entry.path
 
     def read(self) -> Photo | Rejected:
-        """It, or why it cannot be read."""
+        """The photo, or why it cannot be read."""
         try:
             return Photo(self.entry.path, _read(self.entry, MAX_BYTES), self.boxes)
         except READ_ERRORS as error:
-            return Rejected(self.entry.path, why(error))
+            return Rejected(self.entry.path, reason_of(error))
 
 
 class Source:
-    """Iterate for `Photo | Rejected`. `share` (0 to 1) is how much of it the iteration has handed out so far.
+    """A collection of photos: iterate for `Photo | UnreadPhoto | Rejected`, always in the same order.
 
-    Once `unread` is set, by someone who can read the source's files in other processes too, a folder gives `Unread`.
+    `progress` is the share (0 to 1) of the source that the iteration has yielded so far. Set `defer_reading` if other
+    processes can read the source's files: a folder then yields `UnreadPhoto` instead of `Photo`.
     """
 
     kind: str
     name: str
-    share: float = 0.0
-    unread: bool = False
+    progress: float = 0.0
+    defer_reading: bool = False
 
     def signature(self) -> str:
-        """A cheap fingerprint: changes with the listing, sizes or times of the source; reads no photo."""
+        """A hash that changes with the names, sizes and modification times of the files; no photo is read."""
         raise NotImplementedError
 
-    def __iter__(self) -> Iterator[Photo | Unread | Rejected]:
+    def __iter__(self) -> Iterator[Photo | UnreadPhoto | Rejected]:
         raise NotImplementedError
 
 
 class FileSource(Source):
     """What a folder and an archive share: which files are photos, and which bounding boxes belong to them."""
 
-    apart = False  # whether each photo is a file of its own
+    separate_files = False  # whether each photo is a file of its own
 
     def __init__(self, path: str, crop: str) -> None:
         self.name, self._path, self._crop = os.path.abspath(path), path, crop
 
     def entries(self) -> Iterator[Entry | Rejected]:
-        """Every file, links followed, but those that no one means: hidden ones and a file manager's traces."""
+        """All files, symlinks followed, except hidden files and what operating systems add (see `is_hidden`)."""
         raise NotImplementedError
 
     def signature(self) -> str:
@@ -133,36 +138,38 @@ class FileSource(Source):
         text = f"{os.path.basename(self.name)}\0{status.st_size}\0{status.st_mtime_ns}"
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
-    def __iter__(self) -> Iterator[Photo | Unread | Rejected]:
+    def __iter__(self) -> Iterator[Photo | UnreadPhoto | Rejected]:
+        defer = self.defer_reading and self.separate_files
         boxes = self._boxes() if self._crop == "box" else None
         for entry in self.entries():
             if isinstance(entry, Rejected):
                 yield entry
             elif not _is_annotation(entry.path):
                 photo = self._photo(entry, boxes)
-                yield photo if isinstance(photo, Rejected) or (self.unread and self.apart) else photo.read()
+                yield photo if isinstance(photo, Rejected) or defer else photo.read()
 
-    def _photo(self, entry: Entry, boxes: dict[str, dict[str, Boxes | str]] | None) -> Unread | Rejected:
+    def _photo(self, entry: Entry, boxes: dict[str, dict[str, Boxes | str]] | None) -> UnreadPhoto | Rejected:
         path = PurePosixPath(entry.path)
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             return Rejected(entry.path, f"suffix {path.suffix!r} is not an image's")
         found: Boxes | str = ()
         if boxes is not None:
             candidates = boxes.get(path.stem, {})
-            # By breed where that decides it: `Images/BREED/x.jpg` has `Annotation/BREED/x`, `all-dogs/x.jpg` has not.
+            # `Images/BREED/x.jpg` belongs to `Annotation/BREED/x`. A photo outside a breed's folder, as
+            # `all-dogs/x.jpg`, belongs to the only annotation of that name.
             only = next(iter(candidates.values())) if len(candidates) == 1 else "no bounding box"
             found = candidates.get(path.parent.name, only)
         if isinstance(found, str):
             return Rejected(entry.path, found)
-        return Unread(entry, found)
+        return UnreadPhoto(entry, found)
 
     def _boxes(self) -> dict[str, dict[str, Boxes | str]]:
-        """name without suffix -> folder's name -> boxes, or the reason why there are none."""
+        """File name without suffix -> name of the annotation's folder -> boxes, or the reason why there are none."""
         boxes: dict[str, dict[str, Boxes | str]] = {}
         for entry in self.entries():
             if isinstance(entry, Entry) and _is_annotation(entry.path):
                 path = PurePosixPath(entry.path)
-                # Stanford's have no suffix, so that `dog.1` is the annotation of `dog.1.jpg`; others' are .xml.
+                # Annotations of Stanford Dogs have no suffix: `dog.1` belongs to `dog.1.jpg`. Others end in .xml.
                 name = path.stem if path.suffix.lower() == ".xml" else path.name
                 if name == path.name and path.suffix[1:].isalpha():
                     continue
@@ -170,7 +177,7 @@ class FileSource(Source):
                 try:
                     found = _parse_boxes(_read(entry, MAX_HEADER_BYTES))
                 except ANNOTATION_ERRORS as error:
-                    found = f"bad annotation {entry.path}: {why(error)}"
+                    found = f"bad annotation {entry.path}: {reason_of(error)}"
                 boxes.setdefault(name, {})[path.parent.name] = found
         if not boxes:
             raise UsageError(f"--crop box: {self.name} has no Annotation folder with bounding boxes; use --crop center")
@@ -178,6 +185,7 @@ class FileSource(Source):
 
 
 def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or was added by macOS or Windows."""
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db")
 
 
@@ -195,7 +203,7 @@ def _read(entry: Entry, limit: int) -> bytes:
 
 
 def _parse_boxes(xml: bytes) -> Boxes:
-    """The `bndbox` elements of a Pascal VOC annotation, as Stanford Dogs has them; ValueError if there is none."""
+    """The `bndbox` elements of a Pascal VOC annotation, the format of Stanford Dogs; ValueError if there is none."""
     if b"<!DOCTYPE" in xml or b"<!ENTITY" in xml:
         raise ValueError("it declares entities")  # which can expand to gigabytes
     sides = ("xmin", "ymin", "xmax", "ymax")
@@ -207,7 +215,7 @@ def _parse_boxes(xml: bytes) -> Boxes:
     return tuple((left, top, right, bottom) for left, top, right, bottom in boxes)
 
 
-def why(error: BaseException) -> str:
-    """One line: what the system says of an OSError without the path, else the message or at least the kind."""
+def reason_of(error: BaseException) -> str:
+    """The error in one line. An OSError's path is left out; an error without a message gives its type."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())

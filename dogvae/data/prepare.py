@@ -1,7 +1,9 @@
-"""Raw photos to a dataset: uint8 shards, an index, a list of what was rejected, a manifest. Ray does the decoding.
+"""Prepare photos as a dataset: shards of uint8 images, an index, a list of rejected files, a manifest.
 
-from dogvae.data.prepare import prepare
-prepare("photos/", "dataset", size=64)
+    from dogvae.data.prepare import prepare
+    prepare("photos/", "dataset", size=64)
+
+Ray tasks decode the photos; this process reads the source and writes the dataset.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,20 @@ from dogvae.cluster.connect import connect
 from dogvae.cluster.nodes import is_one_machine
 from dogvae.config import CROPS, IMAGE_SIZES
 from dogvae.console import Progress, say
-from dogvae.data.atomic import appearing
+from dogvae.data.atomic import atomic_folder
 from dogvae.data.decode import crops
-from dogvae.data.manifest import MANIFEST, UPLOADING, existing
-from dogvae.data.photos import Photo, Rejected, Source, Unread
+from dogvae.data.manifest import existing_manifest
+from dogvae.data.photos import Photo, Rejected, Source, UnreadPhoto
 from dogvae.data.source import open_source
+from dogvae.data.upload import check_writable, upload
 from dogvae.data.writer import Row, write_dataset
 from dogvae.errors import UsageError
 from dogvae.storage import Storage, cache_folder
 
-BATCH_PHOTOS, BATCH_BYTES = 32, 8 * 2**20  # of one task: about 30 ms, much more than Ray takes to start it
+BATCH_PHOTOS, BATCH_BYTES = 32, 8 * 2**20  # the most for one task: about 30 ms, far more than Ray's overhead
+STAGING = "prepared"  # in the cache: datasets that are not uploaded yet
 
-UPLOADS = 4  # files at once
-STAGED = "prepared"  # in the cache: what is not yet uploaded
-
-Batch = list["Photo | Unread | Rejected"]
+Batch = list["Photo | UnreadPhoto | Rejected"]
 
 
 def prepare(
@@ -48,17 +48,19 @@ def prepare(
     val_fraction: float = 0.05,
     workers: int | None = None,
 ) -> Path | str:
-    """Prepare the photos of `source` (see `open_source`) into `out`, a folder or a URI, and return it.
+    """Prepare the photos of `source` (see `open_source`) into `out`, a folder or a URI, and return `out`.
 
-    `size` is the edge in pixels (32, 64 or 128), `crop` what is cut from a photo ("center", or "box" for each bounding
-    box), `val_fraction` the share of photos for validation. `workers` is how many tasks decode at once (default: all
-    CPUs of the cluster); the result is the same for any number. An `out` that was prepared from the same source with
-    the same settings is left as it is. Raises UsageError, and then leaves nothing behind.
+    `size`: side of the images in pixels (32, 64 or 128). `crop`: "center" for the centre square of each photo, or "box"
+    for that of each bounding box. `val_fraction`: share of the photos for validation, between 0 and 1. `workers`: how
+    many tasks decode at the same time (default: one per CPU of the cluster); the result does not depend on it.
+
+    An `out` that was prepared from the same source with the same settings is left as it is. Raises UsageError, and then
+    leaves nothing behind.
     """
     settings = _settings(size, crop, val_fraction, workers)
     place = Storage(out)
     target = Path(os.path.realpath(place.local)) if place.local else place
-    existing(target)  # before a long listing of the source: may raise
+    existing_manifest(target)  # may raise: checked before the source, whose listing can take long
     opened = open_source(source, crop)
     if isinstance(target, Path):
         _must_be_outside(target, opened)
@@ -75,7 +77,7 @@ def cached(
     val_fraction: float = 0.05,
     workers: int | None = None,
 ) -> Path:
-    """As `prepare`, into a folder of `cache_dir` that is named by source and settings: a later call finds it there."""
+    """Like `prepare`, into a folder of `cache_dir` named by source and settings. A later call returns that folder."""
     settings = _settings(size, crop, val_fraction, workers)
     folder = Path(os.path.realpath(cache_dir))
     opened = open_source(source, crop)
@@ -96,7 +98,7 @@ def _settings(size: int, crop: str, val_fraction: float, workers: int | None) ->
     if crop not in CROPS:
         raise UsageError(f"--crop {crop}: must be one of {', '.join(CROPS)}")
     if not 0 < val_fraction < 1:
-        raise UsageError(f"--val-fraction {val_fraction}: must be between 0 and 1, as 0.05")
+        raise UsageError(f"--val-fraction {val_fraction}: must be between 0 and 1, such as 0.05")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be at least 1")
     return {"size": size, "crop": crop, "val_fraction": val_fraction}
@@ -111,59 +113,32 @@ def _prepare(
     source: Source, signature: str, out: Path | Storage, settings: dict[str, Any], workers: int | None
 ) -> None:
     described = {"kind": source.kind, "name": source.name, "signature": signature}
-    manifest = existing(out)
+    manifest = existing_manifest(out)
     if manifest:
         _must_match(out, manifest, described, settings)
-        say(f"{out} is prepared already: {_counts(manifest)}")
+        say(f"{out} is already prepared: {_counts(manifest)}")
         return
-    folder, speed = out if isinstance(out, Path) else _staged(out, _key(signature, settings)), ""
-    if not existing(folder):  # else an upload of it was interrupted
-        rows = _Decoding(source, settings["size"], workers)
-        with appearing(folder) as partial:
+    if isinstance(out, Storage):
+        check_writable(out)
+        folder = cache_folder() / STAGING / _key(signature, settings)
+    else:
+        folder = out
+    speed = ""
+    if not existing_manifest(folder):  # else it was prepared before, and its upload was interrupted
+        rows = _DecodedRows(source, settings["size"], workers)
+        with atomic_folder(folder) as partial:
             write_dataset(partial, rows, described, settings)
         speed = f", {rows.done / rows.seconds:.0f} images/s"
     if isinstance(out, Storage):
         upload(folder, out)
         shutil.rmtree(folder, ignore_errors=True)
-    manifest = existing(out)
-    assert manifest, "it has just appeared"
-    _must_match(out, manifest, described, settings)  # another run may have been first
+    manifest = existing_manifest(out)
+    assert manifest, "it was written above"
+    _must_match(out, manifest, described, settings)  # another process may have written `out` first
     say(f"{out}: {_counts(manifest)}{speed}")
     if manifest["rejected"]:
         reasons = out / "rejected.csv" if isinstance(out, Path) else out.uri_of("rejected.csv")
         say(f"{reasons} lists the {manifest['rejected']} rejected files and why")
-
-
-def _staged(out: Storage, key: str) -> Path:
-    """Where a dataset lies until it is uploaded. UsageError if `out` cannot be written: better now than afterwards."""
-    try:
-        if UPLOADING not in out.names():
-            out.write(UPLOADING, b"")
-            out.delete(UPLOADING)
-    except OSError as error:
-        raise UsageError(f"OUT {out} cannot be written: {error}") from error
-    return cache_folder() / STAGED / key
-
-
-def upload(folder: Path, out: Storage) -> None:
-    """Put a prepared dataset on an object store, its manifest last, going on where an upload of it was interrupted.
-
-    Raises UsageError if it cannot be written.
-    """
-    manifest = (folder / MANIFEST).read_bytes()
-    try:
-        there = set(out.names())
-        if UPLOADING not in there or out.read(UPLOADING) != manifest:
-            out.write(UPLOADING, manifest)
-            there = set()  # what there is belongs to another dataset, whose upload has not ended
-        paths = sorted(path for path in folder.iterdir() if path.name not in {*there, MANIFEST})
-        with ThreadPoolExecutor(UPLOADS) as pool, Progress("uploading") as line:
-            for done, _ in enumerate(pool.map(lambda path: out.write(path.name, path.read_bytes()), paths), 1):
-                line.update(done, len(paths), f"{done} of {len(paths)} files to {out}")
-        out.write(MANIFEST, manifest)
-        out.delete(UPLOADING)
-    except OSError as error:
-        raise UsageError(f"OUT {out} cannot be written: {error}") from error
 
 
 def _counts(manifest: dict[str, Any]) -> str:
@@ -187,10 +162,10 @@ def _must_match(
 
 
 def decode_batch(batch: Batch, size: int) -> list[Row]:
-    """What a task does: the rows of each photo, in order."""
+    """Read and decode the photos; returns their rows, in order. A Ray task runs this."""
     rows = []
-    for given in batch:
-        photo = given.read() if isinstance(given, Unread) else given
+    for item in batch:
+        photo = item.read() if isinstance(item, UnreadPhoto) else item
         if isinstance(photo, Rejected):
             rows.append(Row(photo.path, None, b"", photo.reason))
             continue
@@ -200,8 +175,8 @@ def decode_batch(batch: Batch, size: int) -> list[Row]:
     return rows
 
 
-class _Decoding:
-    """Iterate for the rows of `source`: in its order, however many tasks work on it.
+class _DecodedRows:
+    """Iterate for the rows of `source`, decoded by Ray tasks, in the order of the source.
 
     Afterwards `done` is the number of images, and `seconds` the time from the first task to the last result.
     """
@@ -216,16 +191,16 @@ class _Decoding:
         first = next(batches, None)
         if first is None:
             return
-        connect()  # only now: a source that turns out to be wrong should not first wait for Ray
+        connect()  # only now, so that errors in the source are reported without waiting for Ray
         import ray
 
-        # What is read there need not be sent there. Other machines may not have the source's files.
-        self._source.unread = is_one_machine()
-        # A task that dies is not retried as it is: one photo may have killed it, and `_result` finds out which.
+        # On one machine the tasks read the files themselves. Other machines may not have the files.
+        self._source.defer_reading = is_one_machine()
+        # Ray does not retry a task that dies: a photo may have killed it, and `_result` finds out which one.
         decode = ray.remote(num_cpus=1, max_retries=0)(decode_batch)
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        # Two batches for each CPU, so that none waits for this process. But fewer workers than CPUs can only be had by
-        # submitting no more tasks than that.
+        # Two batches per CPU, so that no CPU waits for this process. To run fewer tasks at a time than there are CPUs,
+        # no more than that are submitted.
         most = 2 * cpus if self._workers is None or self._workers >= cpus else self._workers
         pending: deque[tuple[Any, Batch]] = deque()
         upcoming = chain([first], batches)
@@ -243,11 +218,12 @@ class _Decoding:
                 self.done += sum(not isinstance(row.pixels, str) for row in rows)
                 self.seconds = time.monotonic() - started
                 progress.update(
-                    self._source.share, 1.0, f"{self.done} images prepared, {self.done / self.seconds:.0f} images/s"
+                    self._source.progress, 1.0, f"{self.done} images prepared, {self.done / self.seconds:.0f} images/s"
                 )
                 yield from rows
 
     def _result(self, decode: Any, task: Any, batch: Batch, alone: bool = False) -> list[Row]:
+        """The rows of a task. If it died, each of its photos is decoded `alone`, and rejected if that dies too."""
         import ray
         from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError
 
@@ -267,7 +243,7 @@ def _batches(source: Source) -> Iterator[Batch]:
     used = 0
     for photo in source:
         batch.append(photo)
-        if isinstance(photo, Unread):
+        if isinstance(photo, UnreadPhoto):
             used += photo.entry.size
         elif isinstance(photo, Photo) and isinstance(photo.data, bytes):
             used += len(photo.data)

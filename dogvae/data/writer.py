@@ -1,4 +1,4 @@
-"""Writing a prepared dataset, which appears whole or not at all: uint8 shards, index, list of rejects, manifest."""
+"""Write the files of a prepared dataset: shards of uint8 images, index, list of rejected files, manifest."""
 
 from __future__ import annotations
 
@@ -13,31 +13,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dogvae.data.atomic import _sync
+from dogvae.data.atomic import sync_file
 from dogvae.data.manifest import FORMAT, MANIFEST, VERSION, fingerprint
 from dogvae.data.photos import Box
+from dogvae.data.split import assign_splits
 from dogvae.errors import UsageError
 
-SHARD_BYTES = 64 * 2**20  # of pixels, so that a shard is a good piece to copy and to map, and two fit any memory
+SHARD_BYTES = 64 * 2**20  # of pixels; one shard of each split is in memory while a dataset is written
 
 
 class Row(NamedTuple):
-    """One image of the dataset (`pixels` (3, size, size) uint8), or why there is none (`pixels` is the reason)."""
+    """An image of the dataset, or a rejected file."""
 
     path: str
     box: Box | None
     digest: bytes
-    """SHA-256 of the photo's bytes: its split depends on nothing else."""
+    """SHA-256 of the photo's bytes, which decides its split."""
     pixels: np.ndarray | str
+    """(3, size, size) uint8; for a rejected file the reason."""
 
 
-def is_val(digest: bytes, val_fraction: float) -> bool:
-    """Whether the photo with this SHA-256 is for validation: stable when photos come or go, the same for duplicates."""
-    return int.from_bytes(digest[:8], "big") / 2**64 < val_fraction
-
-
-class _Split:
-    """The shards of one split, written as they fill."""
+class _SplitWriter:
+    """The shards of one split; each is written when it is full."""
 
     def __init__(self, folder: Path, name: str, size: int) -> None:
         self._folder, self._name = folder, name
@@ -55,7 +52,7 @@ class _Split:
         return f"{self._name}/{self.count - 1}"
 
     def flush(self) -> None:
-        """Write what is not yet written as the last shard."""
+        """Write the images that are not written yet, as the last shard."""
         if not self._used:
             return
         rows = self._rows[: self._used]
@@ -66,7 +63,7 @@ class _Split:
             for part in (header.getvalue(), rows.reshape(-1).data):
                 file.write(part)
                 digest.update(part)
-            _sync(file)
+            sync_file(file)
         shard = {"file": path.name, "count": len(rows), "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
         self.shards.append(shard)
         self._used = 0
@@ -75,54 +72,43 @@ class _Split:
 def write_dataset(
     folder: Path, rows: Iterable[Row], source: dict[str, str], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write `rows` into the existing `folder`, in their order, and return the manifest, which is written last.
+    """Write `rows` into the existing `folder`, in their order; returns the manifest, which is written last.
 
-    At least one photo is for validation: until some hash falls there, that of the smallest hash is held back for it.
-    Raises UsageError if there is nothing to train on.
+    At least one photo is for validation (see `assign_splits`). Raises UsageError if there is none for training.
     """
     size, val_fraction = settings["size"], settings["val_fraction"]
-    splits = {name: _Split(folder, name, size) for name in ("train", "val")}
+    splits = {name: _SplitWriter(folder, name, size) for name in ("train", "val")}
     rejected = 0
     example: Row | None = None
-    held: list[Row] = []  # of one photo and its duplicates
     with (
         _table(folder / "index.csv", "image_id", "source_path", "box", "split") as index,
         _table(folder / "rejected.csv", "path", "reason") as reasons,
     ):
 
-        def put(split: str, rows: Iterable[Row]) -> None:
+        def usable() -> Iterator[Row]:
+            nonlocal rejected, example
             for row in rows:
-                assert not isinstance(row.pixels, str)
-                box = " ".join(map(str, row.box)) if row.box else ""
-                index.writerow([splits[split].add(row.pixels), row.path, box, split])
+                if isinstance(row.pixels, str):
+                    reasons.writerow([row.path, row.pixels])
+                    rejected, example = rejected + 1, example or row
+                else:
+                    yield row
 
-        for row in rows:
-            if isinstance(row.pixels, str):
-                reasons.writerow([row.path, row.pixels])
-                rejected, example = rejected + 1, example or row
-            elif is_val(row.digest, val_fraction):
-                put("train", held)
-                held = []
-                put("val", [row])
-            elif splits["val"].count or (held and row.digest > held[0].digest):
-                put("train", [row])
-            elif held and row.digest == held[0].digest:
-                held.append(row)
-            else:
-                put("train", held)
-                held = [row]
-        put("val", held)
+        for split, row in assign_splits(usable(), val_fraction):
+            assert not isinstance(row.pixels, str)
+            box = " ".join(map(str, row.box)) if row.box else ""
+            index.writerow([splits[split].add(row.pixels), row.path, box, split])
     if not splits["val"].count:
-        why = f", all {rejected} files were rejected, as {example.path}: {example.pixels}" if example else ""
+        why = f": all {rejected} files were rejected, for example {example.path}: {example.pixels}" if example else ""
         raise UsageError(f"SOURCE {source['name']} has no usable photo{why}")
     if not splits["train"].count:
         raise UsageError(
-            f"SOURCE {source['name']}: all {splits['val'].count} usable images fell to validation;"
+            f"SOURCE {source['name']}: all {splits['val'].count} usable images were assigned to validation;"
             " give at least two different photos, or lower --val-fraction"
         )
-    for split in splits.values():
-        split.flush()
-    described = {name: {"count": split.count, "shards": split.shards} for name, split in splits.items()}
+    for writer in splits.values():
+        writer.flush()
+    described = {name: {"count": writer.count, "shards": writer.shards} for name, writer in splits.items()}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -136,15 +122,15 @@ def write_dataset(
     }
     with (folder / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=1)
-        _sync(file)
+        sync_file(file)
     return manifest
 
 
 @contextmanager
 def _table(path: Path, *columns: str) -> Iterator[Any]:
-    # File names can be any bytes: what is no UTF-8 is written as \xNN would be, and stops nothing.
+    # File names can be any bytes: those that are not valid UTF-8 are written escaped.
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(columns)
         yield table
-        _sync(file)
+        sync_file(file)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dogvae.data.decode import _crop, crops, to_rgb
+from dogvae.data.decode import crop_square, crops, to_rgb
 from dogvae.data.photos import Photo
 from dogvae.errors import UsageError
 
@@ -67,7 +67,7 @@ def _pixels(picture: Any, size: int) -> np.ndarray:
         raise UsageError(f"an image of {picture.width} x {picture.height} pixels is not a picture")
     try:
         upright = ImageOps.exif_transpose(picture)  # the camera's orientation, as for a path
-        _, decoded = _crop(to_rgb(upright), size, None)
+        _, decoded = crop_square(to_rgb(upright), size, None)
     except OSError as error:  # PIL decodes an opened image only now
         raise UsageError(f"an image cannot be used: {error}") from error
     assert isinstance(decoded, np.ndarray)

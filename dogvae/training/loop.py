@@ -127,7 +127,7 @@ class _Run:
             return Dataset(self.config.data, self.config.fingerprint)
 
         dataset = self._patiently(opened)
-        copies = _everyones(dataset.copy)
+        copies = _everyones(dataset.copy_key)
         sharers = [rank for rank, copy in enumerate(copies) if copy == copies[self.rank]]
         for path in self._patiently(lambda: dataset.verify(sharers.index(self.rank), len(sharers))):
             self.observer.note(f"{path} on {socket.gethostname()} was damaged: it has been fetched again")

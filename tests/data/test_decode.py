@@ -1,4 +1,4 @@
-"""Pixels against values computed by hand; hostile bytes give a reason and never raise."""
+"""Decoding photos: pixels equal values computed by hand; damaged bytes give a reason and never raise."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dogvae.data.decode import crops, to_rgb
+from dogvae.data.drawn import draw
 from dogvae.data.photos import Box, Drawing, Photo
 
 
@@ -42,37 +43,40 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def test_an_image_of_the_wanted_size_is_not_changed() -> None:
+def test_image_of_the_wanted_size_is_not_changed() -> None:
     image = noise(32, 32)
     np.testing.assert_array_equal(decode(encode(image)), np.asarray(image).transpose(2, 0, 1))
 
 
-def test_centre_square_of_a_wide_image() -> None:
-    left, middle, right = (Image.new("RGB", (32, 32), color) for color in ("red", "lime", "blue"))
-    wide = Image.fromarray(np.hstack([left, middle, right]))
-    assert np.unique(decode(encode(wide)).reshape(3, -1), axis=1).T.tolist() == [[0, 255, 0]]
-    assert np.unique(decode(encode(wide.transpose(Image.Transpose.ROTATE_90))).reshape(3, -1), axis=1).T.tolist() == [
-        [0, 255, 0]
-    ]
+def colours(pixels: np.ndarray | str) -> list[list[int]]:
+    """The different colours of a crop (3, h, h)."""
+    assert not isinstance(pixels, str), pixels
+    return np.unique(pixels.reshape(3, -1), axis=1).T.tolist()
 
 
-def test_resizing_anti_aliases() -> None:
+def test_centre_square_is_cut_from_wide_and_tall_images() -> None:
+    wide = Image.fromarray(np.hstack([Image.new("RGB", (32, 32), colour) for colour in ("red", "lime", "blue")]))
+    for image in (wide, wide.transpose(Image.Transpose.ROTATE_90)):
+        assert colours(decode(encode(image))) == [[0, 255, 0]]
+
+
+def test_resizing_is_anti_aliased() -> None:
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255  # nearest-neighbour would give all black or all white
     assert np.abs(decode(encode(Image.fromarray(stripes)))[:, :, 2:-2].astype(float) - 127.5).max() <= 2
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation: int) -> None:
+def test_exif_orientation_is_applied(orientation: int) -> None:
     image = noise(45, 33)
-    inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the Transpose that undoes what a viewer will do
+    inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transpose that a viewer undoes
     stored = image.transpose(Image.Transpose(inverse[orientation])) if orientation > 1 else image
     exif = Image.Exif()
     exif[0x0112] = orientation
     np.testing.assert_array_equal(decode(encode(stored, exif=exif)), decode(encode(image)))
 
 
-def test_transparent_is_white() -> None:
+def test_transparency_is_put_on_white() -> None:
     rgba = np.zeros((32, 32, 4), np.uint8)
     rgba[:16, :, 3] = 255  # black above, transparent black below
     expected = np.zeros((3, 32, 32), np.uint8)
@@ -84,18 +88,17 @@ def test_transparent_is_white() -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "GIF", "WEBP"])
-def test_transparent_palette_is_white(format: str) -> None:
+def test_transparent_colour_of_a_palette_is_put_on_white(format: str) -> None:
     image = Image.new("P", (32, 32), 1)
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.paste(0, (0, 0, 32, 16))
-    pixels = decode(encode(image, format, transparency=0, lossless=True) if format != "WEBP" else encode(
-        Image.fromarray(np.where(np.asarray(image)[..., None] == 0, (255, 0, 0, 0), (0, 0, 255, 255)).astype(np.uint8)),
-        "WEBP", lossless=True))  # fmt: skip
+    image.info["transparency"] = 0
+    pixels = decode(encode(image.convert("RGBA") if format == "WEBP" else image, format, lossless=True))
     assert pixels[:, 0, 0].tolist() == [255, 255, 255]
     assert pixels[:, 31, 0].tolist() == [0, 0, 255]
 
 
-def test_16_bit_ramp() -> None:
+def test_upper_8_of_16_bits_are_kept() -> None:
     ramp = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
     expected = (ramp // 256).astype(np.uint8)
     pixels = decode(encode(Image.fromarray(ramp)))
@@ -110,12 +113,12 @@ def test_16_bit_ramp() -> None:
     assert np.asarray(to_rgb(floats))[0, :, 0].tolist() == [0, 0, 1, 254, 255]
 
 
-def test_cmyk_jpeg() -> None:
-    image = Image.new("CMYK", (32, 32), (255, 0, 0, 0))  # pure cyan; Pillow writes it as Adobe does, inverted
+def test_cmyk_jpeg_becomes_rgb() -> None:
+    image = Image.new("CMYK", (32, 32), (255, 0, 0, 0))  # pure cyan, which Pillow writes inverted, as Adobe does
     assert np.abs(decode(encode(image, "JPEG", quality=100))[:, 5, 5].astype(int) - (0, 255, 255)).max() <= 2
 
 
-def test_grey_bits_and_first_frame() -> None:
+def test_grey_and_1_bit_images_and_first_frames_are_decoded() -> None:
     bits = Image.new("1", (32, 32), 0)
     bits.paste(1, (0, 0, 32, 16))
     assert decode(encode(bits))[:, [0, 31], 0].tolist() == [[255, 0]] * 3
@@ -128,12 +131,11 @@ def test_grey_bits_and_first_frame() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (1, 1), (3, 2)])
-def test_thin_and_small_images(shape: tuple[int, int]) -> None:
-    pixels = decode(encode(Image.new("RGB", shape, (1, 2, 3))), 128)
-    assert np.unique(pixels.reshape(3, -1), axis=1).T.tolist() == [[1, 2, 3]]
+def test_thin_and_tiny_images_are_resized(shape: tuple[int, int]) -> None:
+    assert colours(decode(encode(Image.new("RGB", shape, (1, 2, 3))), 128)) == [[1, 2, 3]]
 
 
-def test_reduced_jpeg_is_close_to_full_scale() -> None:
+def test_jpeg_decoded_at_a_reduced_scale_is_close_to_full_scale() -> None:
     y, x = np.mgrid[:600, :600]
     smooth = np.stack([127 + 100 * np.sin(x / 40), 127 + 100 * np.cos(y / 50), (x + y) / 5], axis=-1).astype(np.uint8)
     data = encode(Image.fromarray(smooth), "JPEG", quality=95)
@@ -141,24 +143,23 @@ def test_reduced_jpeg_is_close_to_full_scale() -> None:
     assert np.abs(decode(data, 64).astype(int) - exact).mean() < 1
 
 
-def test_boxes_are_cut_before_resizing_and_clipped() -> None:
+def test_boxes_are_clipped_and_cut_before_resizing() -> None:
     image = Image.new("RGB", (100, 80), "black")
     image.paste((255, 0, 0), (10, 20, 42, 52))
     image.paste((0, 255, 0), (80, 60, 100, 80))
     boxes = ((10, 20, 42, 52), (80, 60, 120, 999), (50, 50, 50, 60), (200, 0, 210, 10))
     red, lime, empty, outside = crops(Photo("x", encode(image), boxes), 32)
     assert [red[0], lime[0], empty[0], outside[0]] == list(boxes)
-    assert np.unique(red[1].reshape(3, -1), axis=1).T.tolist() == [[255, 0, 0]]
-    assert np.unique(lime[1].reshape(3, -1), axis=1).T.tolist() == [[0, 255, 0]]
+    assert colours(red[1]) == [[255, 0, 0]]
+    assert colours(lime[1]) == [[0, 255, 0]]
     assert empty[1] == "box (50, 50, 50, 60) is empty or outside the image (100 x 80 pixels)"
     assert outside[1] == "box (200, 0, 210, 10) is empty or outside the image (100 x 80 pixels)"
 
 
-def test_drawing() -> None:
+def test_drawn_dog_is_drawn_at_twice_the_size() -> None:
     [(_, pixels)] = crops(Photo("x", Drawing(0, 0)), 64)
-    assert isinstance(pixels, np.ndarray)
-    assert pixels.shape == (3, 64, 64)
-    assert len(np.unique(pixels)) > 20
+    expected = draw(0, 0, 128).resize((64, 64), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    np.testing.assert_array_equal(pixels, np.asarray(expected).transpose(2, 0, 1))
 
 
 def png(width: int, height: int, idat: bytes) -> bytes:
@@ -167,7 +168,7 @@ def png(width: int, height: int, idat: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def test_bad_files_give_a_reason() -> None:
+def test_damaged_and_oversized_files_give_a_reason() -> None:
     jpeg, bmp = encode(noise(200, 200), "JPEG"), encode(noise(50, 50), "BMP")
     assert "truncated" in reason(jpeg[: len(jpeg) // 2])
     assert "truncated" in reason(bmp[: len(bmp) // 2])
@@ -187,17 +188,12 @@ def test_damaged_bytes_never_raise(format: str, data: st.DataObject) -> None:
     image = bytearray(encode(noise(24, 17), format))
     for _ in range(data.draw(st.integers(1, 8))):
         image[data.draw(st.integers(0, len(image) - 1))] = data.draw(st.integers(0, 255))
-    damaged = bytes(image[: data.draw(st.integers(0, len(image)))])
+    damaged = bytes(image[: data.draw(st.integers(0, len(image)))]) + data.draw(st.binary(max_size=100))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nor does a warning get out
+        warnings.simplefilter("error")  # a warning would be raised here
         for _, pixels in crops(Photo("x", damaged), 32):
-            assert isinstance(pixels, str) or (pixels.shape == (3, 32, 32) and pixels.dtype == np.uint8)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=400))
-def test_random_bytes_never_raise(data: bytes) -> None:
-    assert reason(data)
+            assert isinstance(pixels, str) or (pixels.shape, pixels.dtype) == ((3, 32, 32), np.uint8)
+            assert len(pixels) > 0
 
 
 MODES = {
@@ -214,13 +210,13 @@ MODES = {
     st.integers(1, 300),
     st.sampled_from([32, 64, 128]),
 )
-def test_any_mode_and_size(kind: tuple[str, str], width: int, height: int, size: int) -> None:
+def test_any_mode_and_size_can_be_decoded(kind: tuple[str, str], width: int, height: int, size: int) -> None:
     format, mode = kind
     pixels = decode(encode(Image.new(mode, (width, height)), format), size)
     assert pixels.shape == (3, size, size)
     assert pixels.dtype == np.uint8
 
 
-@pytest.mark.parametrize("mode", sorted(set(Image.MODES) - {"La"}))  # which no file has
+@pytest.mark.parametrize("mode", sorted(set(Image.MODES) - {"La"}))  # no file has mode La
 def test_every_mode_of_pillow_becomes_rgb(mode: str) -> None:
     assert to_rgb(Image.new(mode, (3, 2))).mode == "RGB"

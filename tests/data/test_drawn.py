@@ -1,4 +1,4 @@
-"""Drawn dogs: the same everywhere, no two alike, soft-edged, and whole."""
+"""Drawn dogs: the same on every machine, varied, anti-aliased, and complete in view."""
 
 from __future__ import annotations
 
@@ -12,83 +12,75 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dogvae.data.drawn import draw, extent, layer, placed
-from dogvae.data.drawn.breeds import BREEDS, POSES, cast, portrait
-from dogvae.data.drawn.ink import Dice, Shape, curve, ellipse, fluffy, limb, swollen
+from dogvae.data.drawn import draw, extent, layer, placed_shapes
+from dogvae.data.drawn.breeds import BREEDS, POSES, Breed, Pose, portrait, random_dog
+from dogvae.data.drawn.ink import Dice, Shape, curve, ellipse, expanded, fluffy, limb
 from dogvae.data.drawn.scenes import SCENES
 
 
 def pixels(index: int, seed: int = 0, size: int = 64) -> np.ndarray:
-    """One dog as floats `(size, size, 3)` in 0..255."""
+    """A dog as floats (size, size, 3), 0 to 255."""
     return np.asarray(draw(index, seed, size), dtype=np.float64)
 
 
-@pytest.fixture(scope="module")
-def dogs_nhwc() -> np.ndarray:
-    return np.stack([pixels(i) for i in range(150)])
-
-
-def test_same_dog_in_a_fresh_process() -> None:
+def test_same_image_in_another_process_and_order() -> None:
     code = (
         "import hashlib; from dogvae.data.drawn import draw\n"
         "print(*(hashlib.sha256(draw(i, 3, 96).tobytes()).hexdigest() for i in (5, 0, 70)))"
     )
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     here = [hashlib.sha256(draw(i, 3, 96).tobytes()).hexdigest() for i in (70, 5, 0)]
-    assert fresh == [here[1], here[2], here[0]]  # drawn in another order: one dog leaves no trace in the next
+    assert fresh == [here[1], here[2], here[0]]
 
 
-def test_the_choices_are_pinned() -> None:
-    # Not the pixels: Pillow's rasteriser may change. The dice may not, or everybody's default dataset changes.
-    chosen = [(cast(i).breed.name, cast(i).pose, cast(i).left) for i in range(3)]
+def test_random_choices_never_change() -> None:
+    """They make up everybody's default dataset. Pixels are not pinned: Pillow's rasteriser may change."""
+    chosen = [(random_dog(i).breed.name, random_dog(i).pose, random_dog(i).left) for i in range(3)]
     assert chosen == [("collie", "playing", False), ("terrier", "sitting", True), ("collie", "playing", True)]
 
 
-def test_a_portrait_is_of_the_same_dog_from_the_front() -> None:
-    middles = []
+def test_portrait_shows_the_same_dog_with_its_head_in_the_middle() -> None:
+    centres = []
     for i in range(60):
-        dog, posed = cast(i), portrait(cast(i))
+        dog, posed = random_dog(i), portrait(random_dog(i))
         assert (posed.breed, posed.coat, posed.scene, posed.collar) == (dog.breed, dog.coat, dog.scene, dog.collar)
-        low, high = extent(placed(posed)[1])  # of the head
+        low, high = extent(placed_shapes(posed)[1])  # of the head
         assert (low >= 0.04).all()
         assert (high <= 0.96).all()
-        middles.append((low + high) / 2)
-    assert np.std(middles, axis=0).max() < 1e-6  # all heads are in one place
+        centres.append((low + high) / 2)
+    assert np.std(centres, axis=0).max() < 1e-6
     assert (np.asarray(draw(1, 0, 64, posed=True)) != np.asarray(draw(1, 0, 64))).any()
 
 
-def test_no_two_dogs_look_alike(dogs_nhwc: np.ndarray) -> None:
+def test_images_differ_from_each_other_and_within() -> None:
+    dogs_nhwc = np.stack([pixels(i) for i in range(150)])
     flat = dogs_nhwc.reshape(len(dogs_nhwc), -1)
     distance = np.stack([np.abs(flat - one).mean(1) for one in flat])
     np.fill_diagonal(distance, np.inf)
     assert distance.min() > 12
     assert np.median(distance) > 40
     assert np.abs(pixels(0, seed=0) - pixels(0, seed=1)).mean() > 8
-
-
-def test_colours_vary_between_dogs_and_within(dogs_nhwc: np.ndarray) -> None:
-    assert (dogs_nhwc.mean((1, 2)).std(0) > 20).all()  # between pictures, each channel
-    assert dogs_nhwc.std((1, 2)).mean() > 35  # within one
+    assert (dogs_nhwc.mean((1, 2)).std(0) > 20).all()  # the mean colour, each channel
+    assert dogs_nhwc.std((1, 2)).mean() > 35  # within an image
     assert 100 < dogs_nhwc.mean() < 190
-    saturated = ((dogs_nhwc == 0) | (dogs_nhwc == 255)).mean()
-    assert saturated < 0.12
+    assert ((dogs_nhwc == 0) | (dogs_nhwc == 255)).mean() < 0.12
 
 
-def test_edges_are_smooth() -> None:
+def test_edges_are_anti_aliased() -> None:
     for i in range(20):
         fine = pixels(i, size=256)
         averaged = fine.reshape(64, 4, 64, 4, 3).mean((1, 3))
-        jagged = fine[2::4, 2::4]  # what a drawing without averaging looks like
-        assert np.abs(pixels(i, size=64) - averaged).mean() < 0.5 * np.abs(jagged - averaged).mean()
+        aliased = fine[2::4, 2::4]
+        assert np.abs(pixels(i, size=64) - averaged).mean() < 0.5 * np.abs(aliased - averaged).mean()
     disc = np.asarray(layer([Shape(ellipse(0.5, 0.5, 0.3, 0.3), (255, 200, 100))], 64, 6), dtype=np.float64)
     alpha = disc[..., 3] / 255
     assert alpha.sum() == pytest.approx(np.pi * (0.3 * 64) ** 2, rel=0.015)
     assert ((alpha > 0.05) & (alpha < 0.95)).sum() > 0.8 * 2 * np.pi * 0.3 * 64
-    assert (np.abs(disc[alpha > 0.2, :3] - (255, 200, 100)) < 6).all()  # no dark fringe where it is half transparent
+    assert (np.abs(disc[alpha > 0.2, :3] - (255, 200, 100)) < 6).all()  # no dark fringe at half-transparent pixels
 
 
-def test_everything_occurs() -> None:
-    dogs = [cast(i) for i in range(400)]
+def test_every_breed_coat_pose_and_scene_occurs() -> None:
+    dogs = [random_dog(i) for i in range(400)]
     assert {dog.breed.name for dog in dogs} == {breed.name for breed in BREEDS}
     assert {dog.pose for dog in dogs} == set(POSES)
     assert {dog.scene for dog in dogs} == set(SCENES)
@@ -100,19 +92,15 @@ def test_everything_occurs() -> None:
 
 @pytest.mark.parametrize("pose", POSES)
 @pytest.mark.parametrize("breed", BREEDS, ids=lambda breed: breed.name)
-def test_every_breed_in_every_pose_is_whole(breed, pose) -> None:
-    """The head is in view and touches the body; the paws are on the ground."""
+def test_head_is_in_view_and_on_the_body_and_paws_are_on_the_ground(breed: Breed, pose: Pose) -> None:
     for i in range(3):
-        dog = replace(cast(i), breed=breed, coat=breed.coats[i % len(breed.coats)], pose=pose)
-        body, head = placed(dog)
-        skull = np.vstack([shape.points for shape in head])
-        trunk = np.vstack([shape.points for shape in body])
+        dog = replace(random_dog(i), breed=breed, coat=breed.coats[i % len(breed.coats)], pose=pose)
+        trunk, skull = (np.vstack([shape.points for shape in part]) for part in placed_shapes(dog))
         assert skull.min() > 0
         assert skull.max() < 1
-        inside = ((trunk > skull.min(0)) & (trunk < skull.max(0))).all(1)
-        assert inside.any()
+        assert ((trunk > skull.min(0)) & (trunk < skull.max(0))).all(1).any()
         if pose == "portrait":
-            assert trunk[:, 1].max() > 1  # cut off by the edge, not floating
+            assert trunk[:, 1].max() > 1  # cut off by the lower edge
         else:
             assert trunk.min() > 0
             assert trunk[:, 0].max() < 1
@@ -120,16 +108,16 @@ def test_every_breed_in_every_pose_is_whole(breed, pose) -> None:
             assert skull[:, 1].max() < trunk[:, 1].max()
 
 
-def test_facing_left_is_the_mirror_image() -> None:
-    dog = replace(cast(4), place=(0.5, 0.5), toy=None, pose="standing")
-    (right_body, right_head), (left_body, left_head) = placed(replace(dog, left=False)), placed(replace(dog, left=True))
-    for a, b in zip(right_body + right_head, left_body + left_head, strict=True):
+def test_dog_that_faces_left_is_mirrored() -> None:
+    dog = replace(random_dog(4), place=(0.5, 0.5), toy=None, pose="standing")
+    right, left = placed_shapes(replace(dog, left=False)), placed_shapes(replace(dog, left=True))
+    for a, b in zip(right[0] + right[1], left[0] + left[1], strict=True):
         np.testing.assert_allclose(a.points * (-1, 1) + (1, 0), b.points, atol=1e-9)
 
 
 @settings(max_examples=25, deadline=None)
 @given(index=st.integers(0, 10**9), seed=st.integers(0, 2**31 - 1), size=st.integers(32, 256))
-def test_any_dog_at_any_size(index: int, seed: int, size: int) -> None:
+def test_any_index_seed_and_size_can_be_drawn(index: int, seed: int, size: int) -> None:
     image = draw(index, seed, size)
     assert image.mode == "RGB"
     assert image.size == (size, size)
@@ -137,27 +125,28 @@ def test_any_dog_at_any_size(index: int, seed: int, size: int) -> None:
     assert np.asarray(image).std() > 10
 
 
-@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=3), st.floats(-10, 10), st.floats(0.1, 10))
-def test_dice_stay_in_range(key: list[int], low: float, width: float) -> None:
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=3))
+def test_dice_are_uniform(key: list[int]) -> None:
     dice = Dice(*key)
-    values = np.array([dice.uniform(low, low + width) for _ in range(600)])  # more than there are words
-    assert values.min() >= low
-    assert values.max() <= low + width
-    assert abs(values[:512].mean() - low - width / 2) < 0.1 * width
+    values = np.array([dice.uniform(-3, 1) for _ in range(600)])  # more than the 512 words of Dice
+    assert (values >= -3).all()
+    assert (values < 1).all()
+    assert abs(values[:512].mean() + 1) < 0.4
 
 
 def area(points: np.ndarray) -> float:
-    """By the shoelace formula."""
+    """The area inside a closed outline (n, 2), by the shoelace formula."""
     x, y = points.T
     return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
 
 
-def test_outlines_have_the_size_they_say() -> None:
+def test_outlines_enclose_the_area_of_their_shape() -> None:
+    circle = ellipse(0, 0, 1, 1)
     assert area(ellipse(3, 4, 2, 1, 0.7)) == pytest.approx(2 * np.pi, rel=0.01)
     assert area(limb([(0, 0), (5, 0), (10, 0)], 2, 2)) == pytest.approx(20 + np.pi, rel=0.02)
-    assert area(swollen(ellipse(0, 0, 1, 1), 0.5)) == pytest.approx(np.pi * 1.5**2, rel=0.01)
-    assert area(swollen(ellipse(0, 0, 1, 1)[::-1], 0.5)) == pytest.approx(np.pi * 1.5**2, rel=0.01)
-    assert area(fluffy(ellipse(0, 0, 1, 1), 0.3)) > area(ellipse(0, 0, 1, 1))
+    for direction in (circle, circle[::-1]):
+        assert area(expanded(direction, 0.5)) == pytest.approx(np.pi * 1.5**2, rel=0.01)
+    assert area(fluffy(circle, 0.3)) > area(circle)
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=3, max_size=9))

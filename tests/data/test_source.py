@@ -1,4 +1,4 @@
-"""Folders, archives, annotations, Oxford pets: what becomes a photo, and what is rejected with which reason."""
+"""Sources: which files of a folder or archive become photos, with which boxes, and why others are rejected."""
 
 from __future__ import annotations
 
@@ -12,25 +12,33 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dogvae.data import photos
 from dogvae.data.drawn import draw
-from dogvae.data.source import Drawing, Photo, Rejected, open_source
+from dogvae.data.photos import Drawing, Photo, Rejected
+from dogvae.data.source import open_source
 from dogvae.errors import UsageError
 
-BOX = "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
-XML = f"<annotation><object><bndbox>{BOX}</bndbox></object></annotation>"
+
+def xml(*boxes: tuple[object, ...]) -> bytes:
+    """A Pascal VOC annotation with boxes (left, top, right, bottom)."""
+    side = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+    return f"<annotation>{''.join(f'<object>{side.format(*box)}</object>' for box in boxes)}</annotation>".encode()
 
 
 def read(spec: object, crop: str = "center") -> tuple[dict[str, Photo], dict[str, str]]:
-    """Photos by path, and reasons by path."""
+    """The photos of a source by path, and the reasons of its rejected files by path."""
     items = list(open_source(str(spec), crop))
-    return {i.path: i for i in items if isinstance(i, Photo)}, {
-        i.path: i.reason for i in items if isinstance(i, Rejected)
-    }
+    photos = {item.path: item for item in items if isinstance(item, Photo)}
+    return photos, {item.path: item.reason for item in items if isinstance(item, Rejected)}
+
+
+def data(found: dict[str, Photo]) -> dict[str, object]:
+    return {path: photo.data for path, photo in found.items()}
 
 
 def tree(root: Path, files: dict[str, bytes]) -> Path:
@@ -56,17 +64,14 @@ def make_zip(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def test_folder_is_sorted_and_everything_else_is_rejected(tmp_path: Path) -> None:
-    tree(
-        tmp_path,
-        {"b/2.JPG": b"2", "b/1.webp": b"1", "a dög.png": b"3", "notes.txt": b"x", "noext": b"x", "empty.gif": b""},
-    )
-    tree(
-        tmp_path,
-        {".hidden.jpg": b"x", "__MACOSX/x.jpg": b"x", ".DS_Store": b"x", "Thumbs.db": b"x", ".git/y.jpg": b"x"},
-    )
-    found, rejected = read(tmp_path)
-    assert [(p.path, p.data) for p in found.values()] == [("a dög.png", b"3"), ("b/1.webp", b"1"), ("b/2.JPG", b"2")]
+# --- folders
+
+
+def test_photos_of_a_folder_are_sorted_and_other_files_rejected(tmp_path: Path) -> None:
+    files = {"b/2.JPG": b"2", "b/1.webp": b"1", "a dög.png": b"3", "notes.txt": b"x", "noext": b"x", "empty.gif": b""}
+    hidden = (".hidden.jpg", "__MACOSX/x.jpg", ".DS_Store", "Thumbs.db", ".git/y.jpg")
+    found, rejected = read(tree(tmp_path, files | dict.fromkeys(hidden, b"x")))
+    assert list(data(found).items()) == [("a dög.png", b"3"), ("b/1.webp", b"1"), ("b/2.JPG", b"2")]
     assert rejected == {
         "notes.txt": "suffix '.txt' is not an image's",
         "noext": "suffix '' is not an image's",
@@ -74,7 +79,7 @@ def test_folder_is_sorted_and_everything_else_is_rejected(tmp_path: Path) -> Non
     }
 
 
-def test_folder_follows_links_and_hangs_on_nothing(tmp_path: Path) -> None:
+def test_folder_follows_links_once_and_rejects_special_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outside = tree(tmp_path / "outside", {"far.jpg": b"far"})
     root = tree(tmp_path / "root", {"real/dog.jpg": b"dog"})
     (root / "real/loop").symlink_to(root)
@@ -84,19 +89,11 @@ def test_folder_follows_links_and_hangs_on_nothing(tmp_path: Path) -> None:
     (root / "self.jpg").symlink_to(root / "self.jpg")
     (root / "dir.jpg").mkdir()
     os.mkfifo(root / "fifo.jpg")
+    monkeypatch.chdir(root)  # the path of a socket has to be short
     with socket.socket(socket.AF_UNIX) as sock:
-        here = os.getcwd()
-        os.chdir(root)  # a socket's path has to be short
-        try:
-            sock.bind("socket.jpg")
-        finally:
-            os.chdir(here)
+        sock.bind("socket.jpg")
     found, rejected = read(root)
-    assert {path: p.data for path, p in found.items()} == {
-        "a_file.jpg": b"far",
-        "a_folder/far.jpg": b"far",
-        "real/dog.jpg": b"dog",
-    }
+    assert data(found) == {"a_file.jpg": b"far", "a_folder/far.jpg": b"far", "real/dog.jpg": b"dog"}
     assert rejected == {
         "broken.jpg": "No such file or directory",
         "self.jpg": "Too many levels of symbolic links",
@@ -106,44 +103,37 @@ def test_folder_follows_links_and_hangs_on_nothing(tmp_path: Path) -> None:
     }
 
 
-def test_folders_that_link_to_each_other_are_each_read_once(tmp_path: Path) -> None:
+def test_folders_that_link_to_each_other_are_read_once(tmp_path: Path) -> None:
     for i in range(8):
         tree(tmp_path, {f"{i}/dog.jpg": b"x"})
         for j in range(8):
             (tmp_path / f"{i}/to{j}").symlink_to(tmp_path / str(j))
-    assert len(read(tmp_path)[0]) == 8  # by paths there are 8! and more
+    assert len(read(tmp_path)[0]) == 8  # more than 8! paths lead to them
 
 
-def test_name_that_is_no_text(tmp_path: Path) -> None:
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xffg.jpg")).write_bytes(b"x")
-    [path] = read(tmp_path)[0]
-    assert path == "d\udcffg.jpg"
-    assert open_source(str(tmp_path)).signature()
-
-
-def test_too_large_is_never_read(tmp_path: Path) -> None:
+def test_file_over_the_size_limit_is_rejected_unread(tmp_path: Path) -> None:
     with (tmp_path / "huge.jpg").open("wb") as file:
-        file.truncate(photos.MAX_BYTES + 1)  # sparse
+        file.truncate(photos.MAX_BYTES + 1)  # a sparse file
     assert read(tmp_path)[1] == {"huge.jpg": "over 256 MB"}
 
 
-def test_photos_of_a_folder_may_be_read_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_photos_of_a_folder_can_be_read_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dogs = {"a.jpg": b"1", "empty.gif": b"", "notes.txt": b"x"}
     monkeypatch.chdir(tree(tmp_path / "dogs", dogs))
     now = list(open_source("."))
     source = open_source(".")
-    source.unread = True
+    source.defer_reading = True
     items = pickle.dumps(list(source))
     monkeypatch.chdir("/")
     later = pickle.loads(items)
-    assert [isinstance(item, photos.Unread) for item in later] == [True, True, False]
-    assert [item.read() if isinstance(item, photos.Unread) else item for item in later] == now
+    assert [isinstance(item, photos.UnreadPhoto) for item in later] == [True, True, False]
+    assert [item.read() if isinstance(item, photos.UnreadPhoto) else item for item in later] == now
     archive = open_source(str(make_zip(tmp_path / "dogs.zip", dogs)))
-    archive.unread = True  # of no use: its photos are one file
+    archive.defer_reading = True  # without effect: an archive is a single file
     assert sorted(archive, key=str) == sorted(now, key=str)
 
 
-def test_signature_changes_with_names_sizes_and_times_only(tmp_path: Path) -> None:
+def test_signature_of_a_folder_changes_with_names_and_times_only(tmp_path: Path) -> None:
     root = tree(tmp_path / "photos", {"a.jpg": b"1", "b/c.jpg": b"2"})
     first = open_source(str(root)).signature()
     moved = root.rename(tmp_path / "moved")
@@ -155,8 +145,11 @@ def test_signature_changes_with_names_sizes_and_times_only(tmp_path: Path) -> No
     assert len({first, second, third}) == 3
 
 
+# --- archives
+
+
 @pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz", "tgz"])
-def test_archives(tmp_path: Path, suffix: str) -> None:
+def test_archive_gives_its_photos_and_rejects_paths_that_lead_outside(tmp_path: Path, suffix: str) -> None:
     members = {"b.jpg": b"2", "./dogs/a.jpg": b"1", "x.txt": b"x", "../climbs.jpg": b"x", "/absolute.jpg": b"x"}
     members |= {"C:\\drive.jpg": b"x", "empty.png": b"", "__MACOSX/._a.jpg": b"x", "a/../../b.jpg": b"x"}
     path = tmp_path / f"dogs.{suffix}"
@@ -165,35 +158,32 @@ def test_archives(tmp_path: Path, suffix: str) -> None:
     else:
         make_tar(path, members, "w" if suffix == "tar" else "w:gz")
     found, rejected = read(path)
-    assert {path: p.data for path, p in found.items()} == {"dogs/a.jpg": b"1", "b.jpg": b"2"}
-    outside = "would land outside the folder that the archive is unpacked into"
+    assert data(found) == {"dogs/a.jpg": b"1", "b.jpg": b"2"}
+    outside = ("../climbs.jpg", "/absolute.jpg", "C:\\drive.jpg", "a/../../b.jpg")
     assert rejected == {
         "x.txt": "suffix '.txt' is not an image's",
         "empty.png": "empty file",
-        "../climbs.jpg": outside,
-        "/absolute.jpg": outside,
-        "C:\\drive.jpg": outside,
-        "a/../../b.jpg": outside,
+        **dict.fromkeys(outside, "would land outside the folder that the archive is unpacked into"),
     }
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
 
 
-def test_zip_members_that_cannot_be_read(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "dogs.zip", {"good.jpg": b"good", "huge.jpg": b"x", "secret.jpg": b"x"})
+def test_unreadable_zip_members_are_rejected(tmp_path: Path) -> None:
+    members = {"good.jpg": b"good", "huge.jpg": b"x", "secret.jpg": b"x", "bomb.jpg": bytes(2**20)}
+    path = make_zip(tmp_path / "dogs.zip", members)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(zipfile.ZipInfo("broken.jpg"), b"PAYLOAD")  # stored, so that it can be found
+        archive.writestr(zipfile.ZipInfo("broken.jpg"), b"PAYLOAD")  # not compressed, so that it can be damaged below
         link = zipfile.ZipInfo("link.jpg")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
-        for member in archive.infolist():
-            if member.filename == "huge.jpg":
-                member.file_size = photos.MAX_BYTES + 1
-            if member.filename == "secret.jpg":
-                member.flag_bits |= 1
+        archive.getinfo("huge.jpg").file_size = photos.MAX_BYTES + 1
+        archive.getinfo("bomb.jpg").file_size = 10
+        archive.getinfo("secret.jpg").flag_bits |= 1
     path.write_bytes(path.read_bytes().replace(b"PAYLOAD", b"PAYLOAX"))
     found, rejected = read(path)
-    assert {path: p.data for path, p in found.items()} == {"good.jpg": b"good"}
+    assert data(found) == {"good.jpg": b"good"}
     assert rejected == {
+        "bomb.jpg": "Bad CRC-32 for file 'bomb.jpg'",
         "broken.jpg": "Bad CRC-32 for file 'broken.jpg'",
         "huge.jpg": "over 256 MB",
         "link.jpg": "a link",
@@ -201,17 +191,7 @@ def test_zip_members_that_cannot_be_read(tmp_path: Path) -> None:
     }
 
 
-def test_zip_bomb_that_lies_about_its_size(tmp_path: Path) -> None:
-    path = make_zip(tmp_path / "bomb.zip", {"bomb.jpg": bytes(300 * 2**20)})
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.getinfo("bomb.jpg").file_size = 10
-        archive.writestr("dog.jpg", b"dog")
-    found, rejected = read(path)
-    assert (list(found), list(rejected)) == (["dog.jpg"], ["bomb.jpg"])
-    assert "CRC" in rejected["bomb.jpg"]
-
-
-def test_tar_links_and_devices(tmp_path: Path) -> None:
+def test_tar_links_and_devices_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "dogs.tar"
     with tarfile.open(path, "w") as archive:
         for name, kind in (("s.jpg", tarfile.SYMTYPE), ("h.jpg", tarfile.LNKTYPE), ("f.jpg", tarfile.FIFOTYPE)):
@@ -221,44 +201,37 @@ def test_tar_links_and_devices(tmp_path: Path) -> None:
     assert read(path) == ({}, {"s.jpg": "a link", "h.jpg": "a link", "f.jpg": "not a regular file"})
 
 
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_truncated_tar_gives_what_is_readable_and_says_so(tmp_path: Path, mode: str) -> None:
+GIANT = tarfile.TarInfo("@LongLink")
+GIANT.type, GIANT.size = tarfile.GNUTYPE_LONGNAME, 2**40
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "truncated tar": (lambda tar: tar[:55_000], "was not read: "),
+    "truncated gzip": (lambda tar: tar[:55_000], "was not read: "),
+    "bad header": (lambda tar: tar.replace(b"5.jpg", b"X.jpg", 1), "was not read: truncated or damaged"),
+    "giant header": (lambda tar: tar[: 5 * 10_752] + GIANT.tobuf(tarfile.GNU_FORMAT), "extended header of over 1 MB"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_tar_gives_the_photos_before_the_damage(damage: str, tmp_path: Path) -> None:
     whole = {f"{i}.jpg": os.urandom(10_000) for i in range(10)}
-    path = make_tar(tmp_path / "dogs.tar", whole, mode)
-    path.write_bytes(path.read_bytes()[:55_000])
+    path = make_tar(tmp_path / "dogs.tar", whole, "w:gz" if "gzip" in damage else "w")
+    change, message = DAMAGES[damage]
+    path.write_bytes(change(path.read_bytes()))
     found, rejected = read(path)
-    assert len(found) == (5 if mode == "w" else 4)  # gzip is read in blocks, and the torn one is lost
-    assert {path: p.data for path, p in found.items()} == {name: whole[name] for name in list(whole)[: len(found)]}
-    assert "the rest of the archive was not read" in rejected.pop("dogs.tar")
-    assert list(rejected) == [f"{len(found)}.jpg"]
-
-
-def test_damaged_tar_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
-    path = make_tar(tmp_path / "dogs.tar", {"a.jpg": b"1", "b.jpg": b"2", "c.jpg": b"3"})
-    path.write_bytes(path.read_bytes().replace(b"b.jpg", b"X.jpg"))  # its checksum is now wrong
-    found, rejected = read(path)
-    assert list(found) == ["a.jpg"]
-    assert "the rest of the archive was not read" in rejected["dogs.tar"]
-
-
-def test_tar_with_a_giant_long_name_is_refused(tmp_path: Path) -> None:
-    header = tarfile.TarInfo("@LongLink")
-    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2**40
-    path = tmp_path / "dogs.tar"
-    path.write_bytes(make_tar(path, {"a.jpg": b"1"}).read_bytes()[:1024] + header.tobuf(tarfile.GNU_FORMAT))
-    found, rejected = read(path)
-    assert list(found) == ["a.jpg"]
-    assert "an extended header of over 1 MB" in rejected["dogs.tar"]
+    readable = 4 if "gzip" in damage else 5  # gzip is read in blocks, and the block that was cut is lost
+    assert data(found) == {name: whole[name] for name in list(whole)[:readable]}
+    assert message in rejected.pop("dogs.tar")
+    assert list(rejected) == ([f"{readable}.jpg"] if "truncated" in damage else [])
 
 
 @pytest.mark.parametrize("name", ["dogs.zip", "dogs.tar", "dogs.tar.gz", "dogs.tgz"])
-def test_what_is_no_archive_cannot_be_opened(tmp_path: Path, name: str) -> None:
+def test_file_that_is_not_an_archive_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x1f\x8bPK" + os.urandom(600))
     with pytest.raises(UsageError, match=r"SOURCE .*dogs.* cannot be opened"):
         open_source(str(tmp_path / name))
 
 
-def test_what_is_no_source(tmp_path: Path) -> None:
+def test_spec_that_names_no_source_is_refused(tmp_path: Path) -> None:
     tree(tmp_path, {"dogs.7z": b"x"})
     (tmp_path / "folder").mkdir()
     make_zip(tmp_path / "nothing.zip", {})
@@ -278,14 +251,15 @@ def test_what_is_no_source(tmp_path: Path) -> None:
             open_source(spec)
 
 
+# --- bounding boxes
+
+
 LAYOUT = {
     "all-dogs/n1_1.jpg": b"one",
     "all-dogs/n1_2.jpg": b"two",
     "all-dogs/n2_9.jpg": b"bare",
-    "Annotation/n1-Chihuahua/n1_1": XML.format(1, 2, 30, 40).encode(),
-    "Annotation/n1-Chihuahua/n1_2": (XML.format(1, 2, 3, 4) + XML.format(5.4, 6, 7, 8)).replace(
-        "</annotation><annotation>", ""
-    ).encode(),
+    "Annotation/n1-Chihuahua/n1_1": xml((1, 2, 30, 40)),
+    "Annotation/n1-Chihuahua/n1_2": xml((1, 2, 3, 4), (5.4, 6, 7, 8)),
     "Annotation/README.txt": b"x",
     "Annotation/n1-Chihuahua/picture.jpg": b"never a photo",
 }  # fmt: skip
@@ -293,8 +267,8 @@ LAYOUT = {
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
 @pytest.mark.parametrize("spelling", ["Annotation", "annotation", "deep/ANNOTATIONS"])
-def test_bounding_boxes(tmp_path: Path, kind: str, spelling: str) -> None:
-    files = {name.replace("Annotation", spelling): data for name, data in LAYOUT.items()}  # in the tar they come last
+def test_photos_get_the_boxes_of_their_annotations(tmp_path: Path, kind: str, spelling: str) -> None:
+    files = {name.replace("Annotation", spelling): data for name, data in LAYOUT.items()}
     path = tmp_path / f"dogs.{kind}"
     {"folder": tree, "zip": make_zip, "tar": make_tar}[kind](path, files)
     found, rejected = read(path, "box")
@@ -308,27 +282,28 @@ def test_bounding_boxes(tmp_path: Path, kind: str, spelling: str) -> None:
     assert (len(found), rejected) == (3, {})
 
 
-def test_boxes_of_equal_names_go_by_breed(tmp_path: Path) -> None:
+def test_annotations_of_the_same_name_are_matched_by_breed(tmp_path: Path) -> None:
     tree(tmp_path, {f"Images/{breed}/1.jpg": b"x" for breed in "ab"})
-    tree(tmp_path, {f"Annotation/{breed}/1.xml": XML.format(0, 0, i, i).encode() for i, breed in enumerate("ab", 5)})
+    tree(tmp_path, {f"Annotation/{breed}/1.xml": xml((0, 0, i, i)) for i, breed in enumerate("ab", 5)})
     assert [p.boxes for p in read(tmp_path, "box")[0].values()] == [((0, 0, 5, 5),), ((0, 0, 6, 6),)]
 
 
-def test_bad_annotations_are_rejected(tmp_path: Path) -> None:
+def test_photo_with_a_bad_annotation_is_rejected(tmp_path: Path) -> None:
     lol = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 12))
     bomb = f'<?xml version="1.0"?><!DOCTYPE l [<!ENTITY l0 "lol">{lol}]><l>&l11;</l>'
     bad = {
-        "torn": XML[:60].encode(),
-        "number": XML.format("x", 0, 1, 1).encode(),
-        "infinite": XML.format("1e999", 0, 1, 1).encode(),
-        "none": b"<annotation/>",
+        "torn": xml((1, 2, 3, 4))[:60],
+        "number": xml(("x", 0, 1, 1)),
+        "infinite": xml(("1e999", 0, 1, 1)),
+        "none": xml(),
         "bomb": bomb.encode(),
         "bomb16": bomb.replace('"1.0"', '"1.0" encoding="utf-16"').encode("utf-16"),
         "coded": b'<?xml version="1.0" encoding="klingon"?><a/>',
         "large": b" " * (2**20 + 1),
         "hollow": b"",
     }
-    tree(tmp_path, {f"{name}.jpg": b"x" for name in bad} | {f"annotation/{name}.xml": xml for name, xml in bad.items()})
+    tree(tmp_path, dict.fromkeys([f"{name}.jpg" for name in bad], b"x"))
+    tree(tmp_path / "annotation", {f"{name}.xml": text for name, text in bad.items()})
     started = time.monotonic()
     found, rejected = read(tmp_path, "box")
     assert time.monotonic() - started < 2
@@ -337,15 +312,18 @@ def test_bad_annotations_are_rejected(tmp_path: Path) -> None:
     assert "declares entities" in rejected["bomb.jpg"]
 
 
-def test_box_needs_annotations(tmp_path: Path) -> None:
+def test_crop_box_without_annotations_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--crop box: .* use --crop center"):
         read(tree(tmp_path, {"a.jpg": b"x"}), "box")
     with pytest.raises(UsageError, match="--crop box"):
         open_source("drawn:5", "box")
 
 
-def test_oxford_pets_gives_the_dogs_without_a_download(tmp_path: Path) -> None:
-    base = tree(
+# --- Oxford-IIIT Pet and drawn dogs
+
+
+def test_oxford_pets_gives_its_dogs_without_a_download_if_it_is_there(tmp_path: Path) -> None:
+    tree(
         tmp_path / "oxford-iiit-pet",
         {
             "images/beagle_1.jpg": b"dog",
@@ -355,11 +333,10 @@ def test_oxford_pets_gives_the_dogs_without_a_download(tmp_path: Path) -> None:
             "annotations/trainval.txt": b"beagle_1 5 2 1\n",
             "annotations/test.txt": b"Abyssinian_1 1 1 1\n",
             "annotations/trimaps/beagle_1.png": b"mask",
-            "annotations/xmls/beagle_1.xml": XML.format(1, 1, 9, 9).encode(),
+            "annotations/xmls/beagle_1.xml": xml((1, 1, 9, 9)),
             "images.tar.gz": b"x",
         },
     )
-    assert base.is_dir()
     found, rejected = read(f"oxford-pets:{tmp_path}")
     assert (list(found), rejected) == (["images/beagle_1.jpg", "images/great_pyrenees_2.jpg"], {})
     found, rejected = read(f"oxford-pets:{tmp_path}", "box")
@@ -368,15 +345,15 @@ def test_oxford_pets_gives_the_dogs_without_a_download(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_oxford_pets_without_internet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+def test_oxford_pets_without_internet_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for protocol in ("http", "https"):
+        monkeypatch.setenv(f"{protocol}_proxy", "http://127.0.0.1:9")
     with pytest.raises(UsageError, match=r"oxford-pets cannot be downloaded .* check the internet connection"):
         open_source(f"oxford-pets:{tmp_path}")
 
 
 @pytest.mark.parametrize("kind", ["drawn", "portraits"])
-def test_drawn_dogs_are_not_drawn_yet(kind: str) -> None:
+def test_drawn_dogs_are_drawn_only_when_they_are_decoded(kind: str) -> None:
     source = open_source(f"{kind}:3:7")
     assert [p.data for p in source if isinstance(p, Photo)] == [Drawing(i, 7, kind) for i in range(3)]
     assert source.signature() == open_source(f"{kind}:3:7").signature() != open_source(f"{kind}:3").signature()
@@ -384,7 +361,7 @@ def test_drawn_dogs_are_not_drawn_yet(kind: str) -> None:
     assert open_source("portraits:3:7").signature() != open_source("drawn:3:7").signature()
 
 
-def test_share_grows_to_the_end(tmp_path: Path) -> None:
+def test_progress_grows_towards_1(tmp_path: Path) -> None:
     members = {f"{i}.jpg": os.urandom(20_000) for i in range(10)}
     for path in (
         tree(tmp_path / "f", members),
@@ -393,11 +370,12 @@ def test_share_grows_to_the_end(tmp_path: Path) -> None:
     ):
         source = open_source(str(path))
         source.signature()
-        shares = [source.share for _ in source]
-        assert shares == sorted(shares)
-        assert 0 <= shares[0] < 0.3 and 0.7 < shares[-1] <= 1  # noqa: PT018
+        progress = [source.progress for _ in source]
+        assert progress == sorted(progress)
+        assert 0 <= progress[0] < 0.3
+        assert 0.7 < progress[-1] <= 1
 
 
-def test_imports_neither_ray_nor_torch() -> None:
+def test_opening_a_source_imports_neither_ray_nor_torch_nor_pillow() -> None:
     code = "import sys, dogvae.data.source; sys.exit(bool({'ray', 'torch', 'torchvision', 'PIL'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

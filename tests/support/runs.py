@@ -29,7 +29,10 @@ EPOCHS = 24  # of the jobs that are killed from outside: long enough to be hit
 
 
 def make_dataset(folder: Path) -> Path:
-    """Drawn dogs, as `dogvae prepare` would write them."""
+    """Write 100 drawn dogs for training and 20 for validation, with the product's writer; no Ray is needed.
+
+    (The fixture `write_dataset` writes given arrays without the product's code, for tests of reading.)
+    """
     rows = []
     for i in range(VAL + TRAIN):
         digest = (0 if i < VAL else 2**63).to_bytes(8, "big") + i.to_bytes(24, "big")

@@ -228,7 +228,7 @@ def test_flags_become_the_plan(searches: Searches, dogs: str, shell: Shell) -> N
 def test_search_without_data_is_small(
     typed: str, preset: str, epochs: int, searches: Searches, dogs: str, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dogvae.commands.search.DRAWN", dogs)
+    monkeypatch.setattr("dogvae.commands.search.DEFAULT_DATA", dogs)
     shell.run("search", *typed.split())
     ((plan, *_),) = searches
     assert (plan.config.preset, plan.config.epochs, plan.trials) == (preset, epochs, 12)

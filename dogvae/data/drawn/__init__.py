@@ -1,7 +1,9 @@
-"""Drawn dogs: an endless, deterministic set of cartoons to train on without downloading anything.
+"""Cartoon dogs that the program draws itself, as many as needed: training data without a download.
 
-from dogvae.data.drawn import draw
-draw(7).save("dog.png")
+    from dogvae.data.drawn import draw
+    draw(7).save("dog.png")
+
+The same index and seed give the same dog on every machine.
 """
 
 from __future__ import annotations
@@ -10,43 +12,43 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from dogvae.data.drawn.bodies import body
-from dogvae.data.drawn.breeds import Dog, cast, portrait
+from dogvae.data.drawn.breeds import Dog, portrait, random_dog
 from dogvae.data.drawn.heads import head
 from dogvae.data.drawn.ink import Dice, Points, Shape, ink
 from dogvae.data.drawn.scenes import TOY_SHAPES, backdrop
 
-GRID = 48  # light and shadow are soft: they are worked out on a grid this small and scaled up
-RIM = 0.0055  # width of outlines, share of the picture
+GRID = 48  # side of the grid for light and shadow: both are soft, so a small grid is scaled up
+RIM = 0.0055  # width of outlines as a share of the image's side
 
 
 def draw(index: int, seed: int = 0, size: int = 256, posed: bool = False) -> Image.Image:
-    """The dog number `index` (>= 0) of the series `seed` (>= 0), RGB, `size` x `size` pixels (size >= 16).
+    """Dog number `index` (>= 0) of the series `seed` (>= 0), RGB, `size` x `size` pixels (size >= 16).
 
-    As it happens to be in its picture, or `posed` for a portrait, all from the same side.
+    The pose and the side it is seen from are random; `posed` draws the same dog as a portrait, always from the front.
     """
-    dog = cast(index, seed)
+    dog = random_dog(index, seed)
     return paint(portrait(dog) if posed else dog, size)
 
 
 def paint(dog: Dog, size: int) -> Image.Image:
-    """The picture of `dog`, RGB, `size` x `size` pixels."""
+    """The image of `dog`, RGB, `size` x `size` pixels."""
     reduce = max(2, -(-384 // size))
-    body_shapes, head_shapes = placed(dog)
+    body_shapes, head_shapes = placed_shapes(dog)
     picture = backdrop(dog.scene, toy(dog, body_shapes), Dice(*dog.detail_key, 2), size, reduce)
     if dog.pose != "portrait":
-        picture = lit(picture, ground_shadow(body_shapes))
+        picture = relit(picture, ground_shadow(body_shapes))
     behind, front = layer(body_shapes, size, reduce), layer(head_shapes, size, reduce)
-    body_mass, head_mass = mass(behind), mass(front)
-    # Bright where there is much dog around, dark at its edges: a rounded look. The head also shades what is below it.
-    body_light = 92 + 62 * moved(body_mass, 1) - 46 * moved(head_mass, -3)
-    head_light = 98 + 54 * moved(head_mass, 1)
+    body_mask, head_mask = blurred_mask(behind), blurred_mask(front)
+    # Brighter in the middle of the dog than at its edges, which looks round. The head also shades the body below it.
+    body_light = 92 + 62 * shifted(body_mask, 1) - 46 * shifted(head_mask, -3)
+    head_light = 98 + 54 * shifted(head_mask, 1)
     for part, light in ((behind, body_light), (front, head_light)):
-        picture.paste(lit(part.convert("RGB"), light), mask=part.getchannel("A"))
+        picture.paste(relit(part.convert("RGB"), light), mask=part.getchannel("A"))
     return picture.point([min(255, round(v * dog.light)) for v in range(256)] * 3)
 
 
-def placed(dog: Dog) -> tuple[list[Shape], list[Shape]]:
-    """Body and head in the picture's units (1 x 1), sized and placed so that they are in view."""
+def placed_shapes(dog: Dog) -> tuple[list[Shape], list[Shape]]:
+    """The shapes of body and head, scaled and placed to be in view; the image is 1 wide and 1 high."""
     dice = Dice(*dog.detail_key, 1)
     head_shapes = head(dog, dice)
     body_shapes, neck = body(dog, dice)
@@ -61,7 +63,7 @@ def placed(dog: Dog) -> tuple[list[Shape], list[Shape]]:
     low, high = seen.min(0), seen.max(0)
     scale = dog.fill * float(((frame_high - frame_low) / (high - low)).min())
     room = frame_high - frame_low - scale * (high - low)
-    if dog.pose != "portrait":  # paws belong on the ground, which every scene has from 0.84 down
+    if dog.pose != "portrait":  # paws stand on the ground, which starts at 0.84 in every scene
         room[1], frame_low[1] = min(room[1], 0.11), frame_low[1] + max(0.0, room[1] - 0.11)
     shift = frame_low + room * dog.place - scale * low
     return (
@@ -77,29 +79,30 @@ def extent(shapes: list[Shape]) -> tuple[Points, Points]:
 
 
 def layer(shapes: list[Shape], size: int, reduce: int) -> Image.Image:
-    """The shapes on nothing: RGBA, averaged down to `size` x `size`."""
+    """The shapes on a transparent background: RGBA, `size` x `size`, averaged down from `reduce` times that size."""
     pixels = size * reduce
-    # Ink on zeros is already premultiplied; saying so (RGBa) after averaging spares two conversions of the big canvas.
+    # Shapes drawn on zeros are already premultiplied by alpha. Reading the average as premultiplied (RGBa) saves two
+    # conversions of the large canvas.
     canvas = Image.new("RGBX", (pixels, pixels))
     ink(canvas, shapes, pixels, RIM * pixels)
     return Image.frombytes("RGBa", (size, size), canvas.reduce(reduce).tobytes()).convert("RGBA")
 
 
-def mass(part: Image.Image) -> Points:
-    """How much of `part` is around each place, 0..1: `(GRID, GRID)`."""
+def blurred_mask(part: Image.Image) -> Points:
+    """The blurred opacity of `part`, 0..1: `(GRID, GRID)`."""
     small = part.getchannel("A").resize((GRID, GRID), Image.Resampling.BOX)
     return np.asarray(small.filter(ImageFilter.GaussianBlur(3)), dtype=np.float64) / 255
 
 
-def moved(grid: Points, cells: int) -> Points:
-    """`grid` moved up and left by `cells`, or down if negative, the edge repeated: where light falls from."""
+def shifted(grid: Points, cells: int) -> Points:
+    """`grid` shifted up and left by `cells`, or only down if negative; the edge is repeated."""
     padded = np.pad(grid, abs(cells), mode="edge")
     down, across = abs(cells) + cells, abs(cells) + max(0, cells)
     return padded[down : down + GRID, across : across + GRID]
 
 
 def ground_shadow(shapes: list[Shape]) -> Points:
-    """The light `(GRID, GRID)` that a dog's contact with the ground leaves."""
+    """The dog's shadow on the ground, as a light for `relit`: `(GRID, GRID)`."""
     points = np.vstack([shape.points for shape in shapes])
     ground = points[:, 1].max()
     soles = points[points[:, 1] > ground - 0.05, 0]
@@ -110,14 +113,14 @@ def ground_shadow(shapes: list[Shape]) -> Points:
     return np.asarray(canvas.filter(ImageFilter.GaussianBlur(1.6)), dtype=np.float64)
 
 
-def lit(image: Image.Image, light: Points) -> Image.Image:
-    """RGB `image` under `light` `(GRID, GRID)`: 128 leaves it, less darkens, more brightens."""
+def relit(image: Image.Image, light: Points) -> Image.Image:
+    """RGB `image` under `light` `(GRID, GRID)`: 128 changes nothing, lower values darken, higher ones brighten."""
     grey = Image.fromarray(light.clip(0, 255).round().astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
     return ImageChops.hard_light(image, Image.merge("RGB", (grey, grey, grey)))
 
 
 def toy(dog: Dog, shapes: list[Shape]) -> list[Shape]:
-    """A toy on the ground at the side of the dog that has more room, or nothing."""
+    """The dog's toy, on the ground at the side with more room; an empty list if it has none."""
     if dog.toy is None or dog.pose == "portrait":
         return []
     dice = Dice(*dog.detail_key, 3)

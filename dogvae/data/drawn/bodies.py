@@ -1,6 +1,6 @@
-"""The bodies of drawn dogs, one function per pose. A dog faces right; y points down and the ground is y = 0.
+"""The bodies of drawn dogs, one function per pose. A dog faces right; y points down, and the ground is y = 0.
 
-Lengths are in head units. Each pose gives its shapes in painting order, far parts first, and where the head goes.
+Lengths are in head units. A pose returns its shapes in painting order, far parts first, and the centre of the head.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Place = tuple[float, float]
 
 
 def body(dog: Dog, dice: Dice) -> tuple[list[Shape], Place]:
-    """The body in the dog's pose, and where the head's middle goes."""
+    """The body in the dog's pose, and the centre of the head."""
     poses = {"portrait": bust, "sitting": sitting, "standing": standing, "lying": lying, "playing": playing}
     return poses[dog.pose](dog, dice)
 
 
 def bust(dog: Dog, dice: Dice) -> tuple[list[Shape], Place]:
-    """Neck and shoulders, to be cut off by the lower edge of the picture."""
+    """Neck and shoulders, cut off by the lower edge of the image."""
     coat, half = dog.coat, 0.55 + 0.3 * dog.breed.girth
     neck = [(0, -0.2), (0.62 * half, -0.1), (0.8 * half, 0.7), (1.25 * half, 1.5)]
     outline = furred(dog, mirrored([*neck, (1.6 * half, 2.6), (1.6 * half, 4.0), (0, 4.0)]), 1.2)
@@ -57,7 +57,7 @@ def sitting(dog: Dog, dice: Dice) -> tuple[list[Shape], Place]:
         out.append(Shape(shin, colour, rim(colour), marks + sock))
         out += paw(s * 0.4 * g, 0.1, 0.3, foot)
     if not coat.spots:
-        bib = ellipse(0, -0.58 * tall, 0.46 * g, 0.2 * tall)  # hides where the shins' round tops meet the chest
+        bib = ellipse(0, -0.58 * tall, 0.46 * g, 0.2 * tall)  # hides the round tops of the shins
         out.append(Shape(bib, coat.chest or colour, None, marks))
     return out + collar(dog, 0.0, -tall + 0.44, 0.6 * g), (0.05 * dog.turn, -tall - 0.5)
 
@@ -80,7 +80,7 @@ def standing(dog: Dog, dice: Dice) -> tuple[list[Shape], Place]:
 
 
 def playing(dog: Dog, dice: Dice) -> tuple[list[Shape], Place]:
-    """The bow that asks to play: elbows on the ground, rump in the air, seen from the side."""
+    """The play bow: elbows on the ground, rump in the air, seen from the side."""
     breed, coat, colour = dog.breed, dog.coat, dog.coat.base
     g, half, up = breed.girth, breed.body / 2, breed.legs
     mid, wide, foot = -up - 0.72 * g, 0.3 + 0.16 * g, coat.feet or coat.base
@@ -112,7 +112,7 @@ def side(dog: Dog, mid: float, marks: Marks) -> list[Shape]:
     trunk = furred(dog, curve(below + rump + back))
     nape = (half + 0.32, mid - g - 0.42)
     neck = furred(dog, limb([(half - 0.5, mid - 0.1), (half + 0.02, mid - 0.7 * g), nape], 1.5 * g, 0.9))
-    # The neck is painted again without its rim: the outline then runs around neck and trunk as one.
+    # The neck is painted again without its rim, so that one outline runs around neck and trunk.
     over = Shape(neck, colour, None, marks)
     return [
         *tail(dog, -half, mid - 0.45 * g),
@@ -158,7 +158,7 @@ def lying(dog: Dog, dice: Dice) -> tuple[list[Shape], Place]:
 
 
 def flank(dog: Dog, dice: Dice, frame: tuple[float, float, float, float], mid: float) -> Marks:
-    """What a body seen from the side shows inside `frame`: blots, saddle, pale chest and belly."""
+    """The marks of a body seen from the side: saddle, pale chest and belly, blots within `frame` = (x0, y0, x1, y1)."""
     coat, g, half = dog.coat, dog.breed.girth, dog.breed.body / 2
     marks = blots(coat, dice, frame, 0.5)
     if coat.saddle:
@@ -170,7 +170,7 @@ def flank(dog: Dog, dice: Dice, frame: tuple[float, float, float, float], mid: f
 
 
 def tail(dog: Dog, x: float, y: float, lift: float = 1.0) -> list[Shape]:
-    """The tail that grows out of the rump at (x, y), to the left; `lift` 1 is up, 0 is along the ground."""
+    """The tail, from the rump at (x, y) to the left; `lift` 1 is up, 0 is along the ground."""
     kind, colour = dog.breed.tail, dog.coat.saddle or dog.coat.base
     if kind == "curl":
         path, root, tip = [(0.3, 0.2), (-0.25, -0.35), (-0.15, -0.95), (0.4, -1.0)], 0.42, 0.5
@@ -195,7 +195,7 @@ def tail(dog: Dog, x: float, y: float, lift: float = 1.0) -> list[Shape]:
 
 
 def leg(dog: Dog, path: list[Place], wide: float, colour: Colour, marks: Marks = ()) -> list[Shape]:
-    """A leg along `path`, hip to ankle, and a paw that points right; a `colour` off the coat's is in the shade."""
+    """A leg along `path`, hip to ankle, and a paw that points right. A far leg has a darker `colour` than the coat."""
     coat = dog.coat
     foot = colour if coat.feet is None else coat.feet if colour == coat.base else mix(coat.feet, colour, 0.35)
     x, y = path[-1]
@@ -217,7 +217,7 @@ def paw(x: float, y: float, r: float, colour: Colour) -> list[Shape]:
 
 
 def collar(dog: Dog, x: float, y: float, half: float, slope: float = 0.0) -> list[Shape]:
-    """A band across the neck with a tag in the middle, or nothing."""
+    """The dog's collar across the neck, with a tag in the middle; an empty list if it has none."""
     if dog.collar is None:
         return []
     band = limb([(x - half, y - 0.06 - slope), (x, y + 0.1), (x + half, y - 0.06 + slope)], 0.2, 0.2)

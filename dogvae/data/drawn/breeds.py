@@ -1,4 +1,4 @@
-"""The dogs that can be drawn: coats and breeds as data, and the choice of one dog from (seed, index).
+"""The dogs that can be drawn: coats and breeds as data, and the random choice of a dog from (seed, index).
 
 Lengths are in head units: half the width of an average skull is 1.
 """
@@ -25,7 +25,7 @@ LIVER, RUST = (110, 70, 58), (218, 138, 72)
 
 @dataclass(frozen=True)
 class Coat:
-    """Where which colour is; None means the base colour."""
+    """The colour of each part; None means the base colour."""
 
     base: Colour
     muzzle: Colour | None = None
@@ -42,7 +42,7 @@ class Coat:
 
 @dataclass(frozen=True)
 class Breed:
-    """A silhouette."""
+    """The proportions and coats of a breed."""
 
     name: str
     coats: tuple[Coat, ...]
@@ -63,7 +63,7 @@ class Breed:
     bearded: bool = False
 
 
-# One row a breed: kept by hand, since one line per number would hide how the breeds differ.
+# One row per breed, formatted by hand: one line per number would hide how the breeds differ.
 # fmt: off
 BREEDS: tuple[Breed, ...] = (
     Breed("labrador", (Coat(GOLDEN, CREAM), Coat(BLACK, CHARCOAL), Coat(CHOCOLATE), Coat(CREAM, WHITE)),
@@ -115,7 +115,7 @@ BREEDS: tuple[Breed, ...] = (
 
 @dataclass(frozen=True)
 class Dog:
-    """One dog and its picture, every choice made; `detail_key` seeds the small ones (blots, flowers)."""
+    """Everything that is chosen for one image of a dog; `detail_key` seeds the details (blots, flowers)."""
 
     breed: Breed
     coat: Coat
@@ -128,16 +128,16 @@ class Dog:
     tongue: float  # length, 0 = mouth closed
     collar: Colour | None
     stride: float  # how far the legs are apart, -1..1
-    fill: float  # share of the picture that the dog takes
-    place: tuple[float, float]  # where in the room left over, 0..1 both
+    fill: float  # share of the image that the dog takes
+    place: tuple[float, float]  # position in the free space, 0..1 in x and y
     scene: Scene
     toy: int | None  # index into `TOY_SHAPES`
-    light: float  # brightness of the picture, 1 = as painted
+    light: float  # brightness of the image, 1 = as painted
     detail_key: tuple[int, int]
 
 
-def cast(index: int, seed: int = 0) -> Dog:
-    """The dog number `index` (>= 0) of the series `seed` (>= 0): the same on every machine."""
+def random_dog(index: int, seed: int = 0) -> Dog:
+    """Dog number `index` (>= 0) of the series `seed` (>= 0): the same on every machine."""
     dice = Dice(seed, index)
     breed = dice.pick(BREEDS)
     pose = dice.pick(POSES)
@@ -165,5 +165,5 @@ def cast(index: int, seed: int = 0) -> Dog:
 
 
 def portrait(dog: Dog) -> Dog:
-    """The same dog from the front, in the middle, its head upright: what a small network learns within minutes."""
+    """The same dog from the front, centred, its head upright: a small network learns such images within minutes."""
     return replace(dog, pose="portrait", left=False, turn=0.2, tilt=0.0, fill=0.9, place=(0.5, 0.5))

@@ -17,12 +17,12 @@ Marks = tuple[tuple[Points, Colour], ...]
 
 
 def rim(colour: Colour) -> Colour:
-    """The outline that goes with a fill: dark enough to part two limbs of one colour."""
+    """The colour of the rim around a fill: dark enough to separate two limbs of the same colour."""
     return darker(colour, 0.42)
 
 
 def mirrored(half: list[tuple[float, float]], x: float = 0.0) -> Points:
-    """A closed curve around the line at `x` from its right half, top to bottom; points on the line are not doubled."""
+    """A closed curve, symmetric about the vertical line at `x`, from its right `half`, top to bottom."""
     outline = curve(half + [(-hx, y) for hx, y in reversed(half) if hx != 0.0])
     return outline + np.array([x, 0.0])
 
@@ -55,7 +55,7 @@ def head(dog: Dog, dice: Dice) -> list[Shape]:
 
 
 def face_marks(coat: Coat, h: float, near: float, far: float) -> Marks:
-    """Mask, blaze and brows, each only where the coat has it."""
+    """Mask, blaze and brows, as far as the coat has them."""
     marks: Marks = ()
     if coat.mask:
         upper = [(0, -0.18), (0.12, -0.62), (0.4, -0.66), (0.52, -0.3)]
@@ -80,7 +80,7 @@ def blots(coat: Coat, dice: Dice, frame: tuple[float, float, float, float], size
             blot = [(x + r * dice.uniform(0.7, 1.2) * c, y + r * dice.uniform(0.7, 1.2) * s) for c, s in around]
             marks += ((curve(blot), coat.patches),)
     if coat.spots:
-        # On a jittered grid: scattered freely, spots would run together.
+        # On a jittered grid: spots at independent places would overlap.
         for y in np.arange(y0, y1, 0.38):
             for x in np.arange(x0, x1, 0.38):
                 if dice.chance(0.8):
@@ -91,7 +91,7 @@ def blots(coat: Coat, dice: Dice, frame: tuple[float, float, float, float], size
 
 
 def ears(dog: Dog) -> tuple[list[Shape], list[Shape]]:
-    """The ears' parts behind the skull, and those before it."""
+    """The parts of the ears behind the skull, and those in front of it."""
     breed = dog.breed
     colour = dog.coat.ears or dog.coat.base
     (w, h), k = breed.skull, breed.ear
@@ -128,7 +128,7 @@ def ears(dog: Dog) -> tuple[list[Shape], list[Shape]]:
     def pair(parts: list[tuple[Points, Colour, Colour | None]]) -> list[Shape]:
         out = []
         for s in (-1.0, 1.0):
-            narrow = 1.0 - 0.22 * max(0.0, s * dog.turn)  # the ear on the side that turns away
+            narrow = 1.0 - 0.22 * max(0.0, s * dog.turn)  # the ear on the side that turns away looks narrower
             out += [Shape(p * (s * narrow, 1.0) + (0.12 * dog.turn, 0.0), fill, edge) for p, fill, edge in parts]
         return out
 
@@ -141,7 +141,7 @@ def muzzle(dog: Dog, x: float) -> list[Shape]:
     mw, mh = breed.muzzle
     colour = dog.coat.muzzle or mix(dog.coat.base, SHINE, 0.12)
     edge, y = darker(colour, 0.22), 0.44
-    dark = sum(colour) < 300  # dark lines would be lost on it
+    dark = sum(colour) < 300  # dark lines would not show
     line = mix(colour, SHINE, 0.28) if dark else darker(colour, 0.62)
     chin = mix(colour, INK, 0.1)
     out: list[Shape] = []
@@ -176,9 +176,9 @@ def muzzle(dog: Dog, x: float) -> list[Shape]:
 
 
 def eyes(dog: Dog, x: float) -> list[Shape]:
-    """Both eyes around `x`, with highlights, or closed."""
+    """Both eyes around `x`: open with highlights, or closed."""
     r, y, apart = dog.breed.eye, -0.12, 0.46 if dog.breed.wrinkled else 0.4
-    skin = dog.coat.mask or dog.coat.base  # a mask is what surrounds the eyes, where there is one
+    skin = dog.coat.mask or dog.coat.base  # the mask surrounds the eyes, if there is one
     out: list[Shape] = []
     for s in (-1, 1):
         cx = x + s * apart * (1.0 - 0.12 * max(0.0, s * dog.turn))

@@ -1,4 +1,4 @@
-"""Curves, chance and ink for drawn pictures: smooth outlines as points, filled on a canvas that is averaged down.
+"""Curves, random choices and filling for drawn images: outlines are points, filled on a canvas that is averaged down.
 
 Outlines are float arrays `(n, 2)` of x (right) and y (down) in any unit; a `Shape` is an outline with its colours.
 """
@@ -28,10 +28,10 @@ _CATMULL_ROM = 0.5 * np.hstack(
 
 
 class Dice:
-    """Random choices that are the same everywhere: hashed words, never a generator whose stream may change."""
+    """Random choices that depend only on `key`: the same on every machine and with every version of NumPy."""
 
     def __init__(self, *key: int) -> None:
-        # NumPy promises that SeedSequence's words never change; it makes no such promise for Generator's methods.
+        # NumPy guarantees that SeedSequence's words never change, but not the numbers of Generator's methods.
         self._words = np.random.SeedSequence(key).generate_state(512).tolist()
         self._next = 0
 
@@ -52,7 +52,7 @@ class Dice:
 
 @dataclass(frozen=True)
 class Shape:
-    """An outline `(n, 2)`, its fill, an optional rim around it, and marks that show only inside the outline."""
+    """An outline `(n, 2)`, its fill, an optional rim around it, and marks, which are cut off at the outline."""
 
     points: Points
     fill: Colour
@@ -75,7 +75,7 @@ def mix(a: Colour, b: Colour, share: float) -> Colour:
 
 
 def darker(colour: Colour, share: float = 0.3) -> Colour:
-    """`colour` on its way to a warm black, which keeps shadows from looking dirty."""
+    """`colour` mixed with a warm black: shadows of a neutral black look dirty."""
     return mix(colour, (24, 14, 22), share)
 
 
@@ -87,7 +87,7 @@ def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> Poi
 
 @cache
 def _basis(k: int, closed: bool) -> Points:
-    """The weights `(m, k)` of `k` points in the curve through them: a curve is linear in its points."""
+    """The matrix `(m, k)` that turns `k` points into the `m` points of the Catmull-Rom curve through them."""
     here = np.eye(k)
     if closed:
         around = [np.roll(here, shift, 0) for shift in (1, 0, -1, -2)]
@@ -100,7 +100,7 @@ def _basis(k: int, closed: bool) -> Points:
 
 @cache
 def _slope(k: int) -> Points:
-    """The weights `(m, k)` of `k` points in the tangents of the open curve through them."""
+    """The matrix `(m, k)` that turns `k` points into the tangents of the open curve through them."""
     slope: Points = np.gradient(_basis(k, False), axis=0)
     return slope
 
@@ -112,7 +112,7 @@ def curve(points: ArrayLike, closed: bool = True) -> Points:
 
 
 def limb(path: ArrayLike, start: float, end: float) -> Points:
-    """A round-ended stroke along the curve through `path` `(k, 2)`, `start` wide at first and `end` wide at last."""
+    """A round-ended stroke along the curve through `path` `(k, 2)`, its width going from `start` to `end`."""
     knots = np.asarray(path, dtype=np.float64)
     middle, along = _basis(len(knots), False) @ knots, _slope(len(knots)) @ knots
     along /= np.maximum(np.hypot(along[:, 0], along[:, 1]), 1e-9)[:, None]
@@ -123,8 +123,8 @@ def limb(path: ArrayLike, start: float, end: float) -> Points:
     return np.concatenate([middle + offset, cap, (middle - offset)[::-1], heel])
 
 
-def swollen(points: Points, by: float) -> Points:
-    """The outline `(n, 2)` pushed outwards by `by` along its normals."""
+def expanded(points: Points, by: float) -> Points:
+    """The outline `(n, 2)` moved outwards by `by` along its normals."""
     ring = np.concatenate([points[-1:], points, points[:1]])
     along = ring[2:] - ring[:-2]
     area = np.dot(points[:, 0], along[:, 1]) - np.dot(points[:, 1], along[:, 0])
@@ -143,21 +143,21 @@ def fluffy(points: Points, size: float, depth: float = 0.3, curly: bool = True) 
         bump = np.tile(np.sin(np.linspace(0, np.pi, 6, endpoint=False)), tufts)
     else:
         bump = np.outer(0.6 + 0.4 * np.sin(2.4 * np.arange(tufts)), (0, 0.25, 0.55, 1.0, 0.55, 0.25)).ravel()
-    wide = swollen(even, size * depth)
+    wide = expanded(even, size * depth)
     return even + (wide - even) * bump[:, None]
 
 
 def ink(image: Image.Image, shapes: Iterable[Shape], scale: float, rim: float) -> None:
-    """Fill `shapes`, `scale` pixels to the unit, in order on `image` (RGB or RGBX); rims are `rim` pixels wide.
+    """Fill `shapes` in order on `image` (RGB or RGBX); one unit is `scale` pixels, and rims are `rim` pixels wide.
 
-    In RGBX the fourth band becomes 255 wherever there is ink.
+    In RGBX the fourth band becomes 255 wherever something is drawn.
     """
     draw = ImageDraw.Draw(image)
     opaque = (255,) if image.mode == "RGBX" else ()
     for shape in shapes:
         points = shape.points * scale
         if shape.rim is not None:
-            draw.polygon(_flat(swollen(points, rim)), fill=shape.rim + opaque)
+            draw.polygon(_flat(expanded(points, rim)), fill=shape.rim + opaque)
         draw.polygon(_flat(points), fill=shape.fill + opaque)
         if shape.marks:
             _ink_marks(image, shape, points, scale)

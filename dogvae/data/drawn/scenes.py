@@ -1,4 +1,4 @@
-"""Where a drawn dog is: eight places with their light, and a toy or two. Units: the picture is 1 wide and 1 high."""
+"""The backgrounds of drawn dogs: eight scenes, and toys. Lengths: the image is 1 wide and 1 high."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def fade(image: Image.Image, top: Colour, bottom: Colour, start: float, end: flo
 
 
 def box(x0: float, y0: float, x1: float, y1: float, soft: float = 0.0) -> np.ndarray:
-    """A rectangle, its corners cut round by `soft`: `(n, 2)`."""
+    """A rectangle whose corners are rounded by `soft`: `(n, 2)`."""
     if soft == 0.0:
         return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
     s = soft
@@ -176,7 +176,7 @@ def room(image: Image.Image, dice: Dice, horizon: float) -> list[Shape]:
 
 
 def sofa(image: Image.Image, dice: Dice, horizon: float) -> list[Shape]:
-    """A sofa that fills the picture, seen from the front; the dog is on the seat."""
+    """A sofa that fills the image, seen from the front; the dog is on the seat."""
     wall = dice.pick(WALLS)
     cloth = dice.pick(
         ((92, 142, 150), (190, 104, 92), (112, 118, 168), (214, 166, 84), (126, 156, 110), (160, 120, 150))
@@ -274,7 +274,7 @@ TOY_SHAPES: tuple[Callable[[float, float, float, Dice], list[Shape]], ...] = (ba
 
 
 def backdrop(scene: Scene, toy: list[Shape], dice: Dice, pixels: int, reduce: int) -> Image.Image:
-    """The place and the toy in it as RGB, `pixels` square, averaged down from a canvas `reduce` times as large."""
+    """The scene with the toy, RGB, `pixels` x `pixels`, averaged down from a canvas `reduce` times as large."""
     canvas = Image.new("RGB", (pixels * reduce, pixels * reduce))
     shapes = scene(canvas, dice, dice.uniform(0.42, 0.6))
     ink(canvas, shapes + toy, canvas.width, 0.006 * canvas.width)
