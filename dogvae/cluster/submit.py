@@ -65,7 +65,7 @@ def _follow(client: Any, job: str, address: str) -> int:
             try:
                 if received and not stopped:
                     stopped = True
-                    say("the job stops after a checkpoint; once more does not wait for that")
+                    say("the job stops after a checkpoint; Ctrl-C again stops waiting for it")
                     client.stop_job(job)
                 details = client.get_job_info(job)
                 log = client.get_job_logs(job)

@@ -46,7 +46,7 @@ class DataChoice:
                 raise UsageError(f"{flag}: {self.data} was prepared with {has}; prepare the photos again for {value}")
 
     def open(self, runs: str) -> Dataset:
-        """Open the dataset. Photos are prepared once, into a cache in `runs`, or on this node if that is remote."""
+        """Open the dataset. Photos are prepared once, into a cache in the folder `runs`, or on this node for a URI."""
         from dogvae.data.dataset import Dataset
 
         if self._is_prepared:

@@ -123,14 +123,13 @@ def _watch(
     last, stopping = "", False
     began = heard = looked = time.monotonic()
     lacking: float | None = None  # since when there are too few nodes
-    importing = Thread(
-        target=import_module, args=("dogvae.training.export",)
-    )  # torch, which the end of a run needs here
+    # The end of a run needs torch here: it is imported while the last epoch is trained.
+    importing = Thread(target=import_module, args=("dogvae.training.export",))
     while True:
         if received and not stopping:
             stopping = True
             events.stop.remote()
-            line.note("stopping after a checkpoint; once more stops at once")
+            line.note("stopping after a checkpoint; Ctrl-C again stops at once")
         ended = fit.done()
         now = time.monotonic()
         for kind, *payload in ray.get(events.take.remote()):

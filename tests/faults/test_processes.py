@@ -119,7 +119,7 @@ def test_second_signal_stops_at_once(start: Start, dataset: Path) -> None:
     time.sleep(3)
     family = command.family()
     command.process.send_signal(signal.SIGTERM)
-    command.wait_for("once more stops at once")
+    command.wait_for("Ctrl-C again stops at once")
     asked = time.monotonic()
     command.process.send_signal(signal.SIGTERM)
     assert command.wait(30) == 143
