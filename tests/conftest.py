@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from pyarrow.fs import FileSystem
 
 from tests.support.s3 import Server
@@ -62,13 +59,6 @@ def write_dataset(tmp_path: Path) -> WriteDataset:
         return folder
 
     return write
-
-
-def start_ranks(work: Callable[..., None], world_size: int, *args: Any) -> None:
-    """Run `work(rank, *args)` in a process for each rank, and wait for all; raises what one of them raised."""
-    # Forked from a clean server, which alone imports torch.
-    multiprocessing.set_forkserver_preload(["pytest", "torch.distributed", "dogvae.training.loop", "tensorboardX"])
-    mp.start_processes(work, args, nprocs=world_size, start_method="forkserver")
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ class Trial(Entry):
     @property
     def finite(self) -> list[dict[str, Any]]:
         """The records whose validation loss is a finite number."""
-        return metrics.finite(self.records)
+        return metrics.with_finite_loss(self.records)
 
     @property
     def best(self) -> dict[str, Any] | None:

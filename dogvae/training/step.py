@@ -7,9 +7,6 @@ neither an interruption nor the number of workers changes what is computed.
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-import socket
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -23,9 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dogvae import rng
 from dogvae.config import Config
 from dogvae.data.dataset import rank_slice
-from dogvae.errors import UsageError
 from dogvae.network import likelihood as loss
-from dogvae.network.norm import SyncBatchNorm
 from dogvae.network.vae import VAE
 from dogvae.rng import Stream
 from dogvae.training.augment import augment, draws
@@ -72,16 +67,10 @@ class Trainer:
         else:
             keep_freed_memory()
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
-        if config.compile == "on":
-            for module in self.model.modules():
-                if isinstance(module, SyncBatchNorm) and self.world_size > 1:
-                    # Left to itself the compiler moves the sums over ranks, differently for a rank without images.
-                    module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-            self.model.compile()
         self.net: Any = self.model
         if self.world_size > 1:
             devices = [device] if device.type == "cuda" else None
-            self.net = (DistributedDataParallel if config.compile == "on" else _EagerDDP)(
+            self.net = _EagerDDP(
                 self.model,
                 device_ids=devices,
                 gradient_as_bucket_view=True,
@@ -89,10 +78,6 @@ class Trainer:
                 # would be added up in another order in a process that has just started than in one that has not.
                 find_unused_parameters=True,
             )
-            if config.gradient_compression == "bf16":
-                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-                self.net.register_comm_hook(None, bf16_compress_hook)
         self.parameters = dict(self.model.named_parameters())
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
@@ -233,12 +218,3 @@ class Trainer:
             self.sums.copy_(tensors["sums"])
             if self.rank > 0:
                 self.sums[:4] = 0  # rank 0 carries them for all
-
-
-def check_compiler(config: Config) -> None:
-    """UsageError if the network is to be compiled and this node cannot."""
-    compiler = os.environ.get("CXX", "g++")
-    if config.compile == "on" and not shutil.which(compiler):
-        raise UsageError(
-            f"--compile on: {socket.gethostname()} has no C++ compiler {compiler}: install one, or leave it out"
-        )

@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dogvae.commands.doctor import Finding, _judge, _look, _versions
+from dogvae.commands.doctor import Finding, _inspect, _judge, _versions
 from dogvae.config import Config
 from dogvae.data import cache as fetch
 from dogvae.data import manifest, writer
@@ -31,10 +31,12 @@ from dogvae.data.find import DataChoice
 from dogvae.data.prepare import upload
 from dogvae.errors import UsageError
 from dogvae.storage import Storage
-from dogvae.training import loop as training
+from dogvae.training import preflight, ranks
 from dogvae.training import run_folder as runs
-from tests.conftest import WriteDataset, start_ranks
+from dogvae.training.loop import loop
+from tests.conftest import WriteDataset
 from tests.support.command import ROOT, TRAIN, Command
+from tests.support.ranks import start_ranks
 from tests.support.runs import StopAt, differing, final, job, make_dataset, records, train
 from tests.support.s3 import Server
 
@@ -479,7 +481,7 @@ def _node(rank: int, init: str, caches: list[str], keys: dict[str, str], config:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=len(caches))
     observer = StopAt()
-    training.loop(config, Storage(run), torch.device("cpu"), observer)
+    loop(config, Storage(run), torch.device("cpu"), observer)
     Path(f"{run}-notes-{rank}").write_text("\n".join(observer.notes))
     dist.destroy_process_group()
 
@@ -513,18 +515,18 @@ def _patient(rank: int, init: str, config: Config, run: str) -> None:
     """Two ranks that wait 3 s for each other at most, and one whose data take 6 s to come."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=2, timeout=timedelta(seconds=3))
-    training.SILENT_S = 1.0
-    opened = training.Dataset
+    ranks.SILENT_S = 1.0
+    opened = preflight.Dataset
 
     def late(*args: Any) -> Dataset:
         time.sleep(6)
-        training.Dataset = opened  # type: ignore[misc]
+        preflight.Dataset = opened  # type: ignore[misc]
         return opened(*args)
 
     if rank == 1:
-        training.Dataset = late  # type: ignore[assignment, misc]
+        preflight.Dataset = late  # type: ignore[assignment, misc]
     observer = StopAt(1)
-    assert not training.loop(config, Storage(run), torch.device("cpu"), observer)
+    assert not loop(config, Storage(run), torch.device("cpu"), observer)
     Path(f"{run}-notes-{rank}").write_text("\n".join(observer.notes))
     dist.destroy_process_group()
 
@@ -540,7 +542,7 @@ def test_nodes_wait_for_one_that_fetches_long(tmp_path: Path) -> None:
 def test_training_refuses_other_data(remote: Path) -> None:
     config = Config.make(image_size=32, data=f"file://{remote}", fingerprint="0" * 64)
     with pytest.raises(UsageError, match="not what this run was trained on"):
-        training.loop(config, Storage(remote.parent / "run"), torch.device("cpu"), StopAt())
+        loop(config, Storage(remote.parent / "run"), torch.device("cpu"), StopAt())
 
 
 # --- the commands
@@ -613,7 +615,7 @@ def test_doctor_looks_and_fetches_nothing(
 
     def look(data: str = uri) -> Finding:
         node = {"Resources": {"CPU": 4.0}}
-        answer = _look(str(tmp_path / "runs"), data, "token", 0)
+        answer = _inspect(str(tmp_path / "runs"), data, "token", 0)
         findings = _judge(node, "10.0.0.1", answer, _versions(), time.time(), time.time(), "runs", data)
         return next(f for f in findings if f.check == "dataset")
 

@@ -285,7 +285,7 @@ def test_command_says_what_is_wrong(
     for argv, text in (
         ((folder, "--onnx"), "pip install 'dogvae[onnx]'"),
         ((folder,), "--onnx adds encoder.onnx and decoder.onnx"),
-        ((tmp_path, "--onnx"), "is no run"),
+        ((tmp_path, "--onnx"), "is not a run"),
     ):
         code, out, err = command(capsys, *argv)
         assert (code, out) == (2, "")

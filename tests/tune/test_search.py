@@ -181,8 +181,8 @@ def bug(reason: str, *values: Any) -> Any:
         ("--gpus-per-trial nan", ["--gpus-per-trial: nan is not a finite number"]),
         ("--cpus-per-trial 0", ["--cpus-per-trial: 0 is too small"]),
         ("--workers-per-trial 0", ["--workers-per-trial: 0 is too small"]),
-        ("--time-budget junk", ["--time-budget: 'junk' is no time such as 30s, 5m or 2h"]),
-        ("--time-budget 0m", ["--time-budget: '0m' is no time"]),
+        ("--time-budget junk", ["--time-budget: 'junk' is not a time such as 30s, 5m or 2h"]),
+        ("--time-budget 0m", ["--time-budget: '0m' is not a time"]),
         ("--name ../x", ["--name: '../x' must consist of letters"]),
         ("--data nowhere", ["nowhere"]),
         ("--trails 3", ["--trails", "--help"]),
@@ -458,8 +458,8 @@ def test_dry_run_shows_the_plan_and_changes_nothing(dogs: str, shell: Shell, two
         ("--from-search s --crop box", ["--from-search", "leave out --val-fraction and --crop"]),
         ("--from-search s --lr 0.5", ["--lr", "0.002", "0.5"]),
         ("--from-search s --latent-dim 8", ["--latent-dim", "32", "8"]),
-        ("--from-search s --epochs 3", ["--epochs", "done 3 epochs already", "3 are no more"]),
-        ("--from-search s --epochs 2", ["--epochs", "done 3 epochs already", "2 are no more"]),
+        ("--from-search s --epochs 3", ["--epochs", "done 3 epochs already", "3 is not more"]),
+        ("--from-search s --epochs 2", ["--epochs", "done 3 epochs already", "2 is not more"]),
         ("--from-search empty", ["no trial of", "has finished an epoch"]),
         ("--from-search s --name one", ["--name", "one exists", "--resume"]),
     ],
@@ -521,9 +521,9 @@ def test_copy_may_only_train_longer(tmp_path: Path) -> None:
     source, config = best_run(open_search(str(tmp_path), "s"))
     assert check_copy(source, config, {}) == config
     assert check_copy(source, config, {"epochs": 3, "lr": 0.001}) == config.replace(epochs=3)
-    with pytest.raises(UsageError, match=r"^--epochs: .* has done 2 epochs already, and 2 are no more$"):
+    with pytest.raises(UsageError, match=r"^--epochs: .* has done 2 epochs already; 2 is not more$"):
         check_copy(source, config, {"epochs": 2})
-    with pytest.raises(UsageError, match=r"^--epochs: .* and 1 are no more$"):
+    with pytest.raises(UsageError, match=r"^--epochs: .* 1 is not more$"):
         check_copy(source, config.replace(epochs=1), {})
     with pytest.raises(UsageError, match=r"^--batch-size: .* not 4"):
         check_copy(source, config, {"batch_size": 4})
