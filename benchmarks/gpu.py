@@ -226,7 +226,7 @@ class _Lines:
         self._storage, self._records = storage, list(records)
 
     def record(self, record: dict[str, Any], pictures: Any) -> None:
-        self._records.append(metrics.plain(record))
+        self._records.append(metrics.json_ready(record))
         self._storage.write(metrics.FILE, "".join(json.dumps(r) + "\n" for r in self._records).encode())
 
     def wait(self) -> None:

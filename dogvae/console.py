@@ -1,4 +1,4 @@
-"""What the user sees while something runs: one live line on a terminal, plain lines elsewhere, one-line errors."""
+"""Output of a running command: one live line on a terminal, plain lines in a log file or a pipe."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-PLAIN_INTERVAL_S = 10.0  # how often a log file hears of progress; a terminal is redrawn at once
+PLAIN_INTERVAL_S = 10.0  # between two plain lines of progress; a terminal is redrawn at every update
 
 
 def clock(seconds: float) -> str:
-    """`75` -> `1:15`, `3700` -> `1:01:40`."""
+    """Seconds as `1:15` (75) or `1:01:40` (3700)."""
     minutes, s = divmod(max(0, round(seconds)), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
 def say(message: str) -> None:
-    """Print one line at once, also when stdout is a pipe."""
+    """Print one line and flush it, so that it also passes a pipe at once."""
     print(message, flush=True)
 
 
@@ -31,16 +31,16 @@ def warn(message: str) -> None:
 
 
 class Progress:
-    """A progress line with the time left: live on a terminal, a plain line every `plain_interval_s` elsewhere.
+    """A progress line with the time left: live on a terminal, else a plain line every `plain_interval_s` seconds.
 
-    Use as a context manager; call `update(done, total, text)` as often as you like. `done` counts in any unit;
-    the time left comes from the share done since the first update. `note(line)` prints a lasting line above it.
+    Use it as a context manager and call `update(done, total, text)` as often as you like; `done` has any unit. The time
+    left is computed from the progress since the first update. `note(line)` prints a permanent line above.
     """
 
     def __init__(self, title: str, plain_interval_s: float = PLAIN_INTERVAL_S) -> None:
         self._title = title
         self._plain_interval_s = plain_interval_s
-        self._started: tuple[float, float] | None = None  # (time, done) at the first update: a resumed run starts late
+        self._started: tuple[float, float] | None = None  # (time, done) at the first update; a resumed run has done > 0
         self._last_plain = time.monotonic()
         self._live = None
         if sys.stdout.isatty():
@@ -65,14 +65,14 @@ class Progress:
             self._live.stop()
 
     def update(self, done: float, total: float, text: str, milestone: bool = False) -> None:
-        """Say that `done` of `total` is done; `text` is what stands behind the bar. A log hears every milestone."""
+        """Show that `done` of `total` is done, with `text` behind the bar. A log gets a line for every `milestone`."""
         now = time.monotonic()
         if self._started is None:
             self._started = (now, done)
         since, first = self._started
         if done > first:
             left = f"{clock((now - since) * (total - done) / (done - first))} left"
-            # On a narrow terminal the end of the line is cut off: what is left stands in front.
+            # A narrow terminal cuts off the end of the line, so the time left comes first there.
             text = f"{left}, {text}" if self._live else f"{text}, {left}"
         if self._live:
             self._live.update(self._task, completed=done, total=total, text=text)
@@ -81,11 +81,11 @@ class Progress:
             say(f"{self._title}: {text}")
 
     def restart(self) -> None:
-        """What comes now is another piece of work: its time left is reckoned from here."""
+        """Start to measure anew: the next update begins another piece of work."""
         self._started = None
 
     def note(self, line: str) -> None:
-        """Print a lasting line above the live one."""
+        """Print a permanent line above the live one."""
         if self._live:
             self._live.console.print(line, highlight=False, markup=False)
         else:
@@ -94,7 +94,7 @@ class Progress:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """The stop signals received meanwhile; the first is only noted, the second ends the program at once."""
+    """Yield a list that collects SIGINT and SIGTERM. The first one is only noted; the second ends the program."""
     received: list[int] = []
 
     def note(signum: int, frame: Any) -> None:
@@ -106,7 +106,7 @@ def stop_signals() -> Iterator[list[int]]:
     try:
         yield received
     except SystemExit as error:
-        if len(received) > 1:  # Ray, waiting for a result, makes a 1 of it
+        if len(received) > 1:  # while Ray waits for a result, it replaces the exit status by 1
             raise SystemExit(128 + received[1]) from error
         raise
     finally:

@@ -1,4 +1,4 @@
-"""Random numbers: each purpose has a stream of its own, the same on every machine and at every number of workers."""
+"""Random numbers: one stream for each purpose, the same on every machine and with every number of workers."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 2
-"""Of the streams. A run goes on only with the streams it began with: a checkpoint says which those are."""
+"""Version of the streams, saved in each checkpoint. A run can resume only with the version that it began with."""
 
 
 @unique
 class Stream(IntEnum):
-    """What random numbers are for, and the key that each purpose draws by."""
+    """The purposes of random numbers. Comments give the key of each stream."""
 
     WEIGHTS = 1  # (seed)
-    ORDER = 2  # (seed, epoch): of the training images
+    ORDER = 2  # (seed, epoch): order of the training images
     AUGMENTATION = 3  # (seed, epoch, step)
-    POSTERIOR = 4  # (seed, epoch, step): the noise of a training step
-    VALIDATION = 5  # (chunk): the posterior's noise
+    POSTERIOR = 4  # (seed, epoch, step): posterior noise of a training step
+    VALIDATION = 5  # (chunk): posterior noise of validation
     PREVIEW = 6  # (): the samples that TensorBoard shows
-    PRIOR = 7  # (): the held-out latents that decide how a prior is fitted
-    CLUSTERS = 8  # (): where the prior's components begin
-    SAMPLE = 9  # (seed, batch): the noise of a sampled latent
-    COMPONENT = 10  # (seed, batch): the prior's component that a sampled latent comes from
-    IMPORTANCE = 11  # (image): the draws of the importance-weighted bound
-    EXAMPLE = 12  # (): the pictures that an ONNX export is tried with
+    PRIOR = 7  # (): held-out latents that choose how the prior is fitted
+    CLUSTERS = 8  # (): first centres of the prior's components
+    SAMPLE = 9  # (seed, batch): noise of sampled latents
+    COMPONENT = 10  # (seed, batch): which component of the prior each sampled latent comes from
+    IMPORTANCE = 11  # (image): samples of the importance-weighted bound
+    EXAMPLE = 12  # (): pictures that an ONNX export is tested with
 
 
 def words(n: int, stream: Stream, *key: int) -> np.ndarray:
-    """`n` random uint64 words, which depend only on the stream and its key: numbers from 0 to 2^64 - 1.
+    """`n` random integers from 0 to 2^64 - 1, uint64 (n,), which depend only on the stream and its key.
 
-    The words are raw Philox output. NumPy keeps the output of bit generators over versions, not that of distributions.
+    They are raw Philox output: across versions NumPy keeps the output of bit generators, but not of distributions.
     """
-    # A SeedSequence reads its numbers as 32-bit words and pads them with zeros, so that (1, 0) would be (1,), and
-    # (2**32,) would be (0, 1). Two words for each number, behind the stream's, leave no two keys alike.
+    # A SeedSequence splits numbers into 32-bit words and pads them with zeros: (1, 0) would equal (1,), and (2**32,)
+    # would equal (0, 1). Two words for each number after the stream's word make all keys distinct.
     entropy = [int(stream), *(half for number in key for half in (number & 0xFFFFFFFF, number >> 32))]
     return np.random.Philox(np.random.SeedSequence(entropy)).random_raw(n)
 
@@ -49,7 +49,7 @@ def seed(stream: Stream, *key: int) -> int:
 
 
 def normal(shape: tuple[int, ...], stream: Stream, *key: int) -> Tensor:
-    """Standard normal numbers, float32. They are drawn on the CPU, so that every device gets the same."""
+    """Standard normal float32 numbers of the given shape. Drawn on the CPU, so that every device gets the same."""
     import torch
 
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed(stream, *key)))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from pyarrow.fs import FileSystem
 
 from tests.support.s3 import Server
@@ -74,16 +72,9 @@ def write_dataset(tmp_path: Path) -> WriteDataset:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A small trained model: its dataset, its run and its export. Tests that change a file copy the folder first."""
-    from tests.support.exports import train_and_export  # which imports `start_ranks` from here
+    from tests.support.exports import train_and_export  # late: it imports the whole product
 
     return train_and_export(tmp_path_factory.mktemp("exported"))
-
-
-def start_ranks(work: Callable[..., None], world_size: int, *args: Any) -> None:
-    """Run `work(rank, *args)` in a process for each rank, and wait for all; raises what one of them raised."""
-    # Forked from a clean server, which alone imports torch.
-    multiprocessing.set_forkserver_preload(["pytest", "torch.distributed", "dogvae.training.loop", "tensorboardX"])
-    mp.start_processes(work, args, nprocs=world_size, start_method="forkserver")
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ from dogvae.network import likelihood as loss
 from dogvae.network.vae import VAE
 from dogvae.storage import Storage
 from dogvae.training.checkpoint import Checkpoints
-from tests.support.exports import export_of_drawn_dogs
+from tests.support.exports import Exported
 
 # --- roofline
 
@@ -264,10 +264,11 @@ def test_a_row_of_scaling_matches_a_count_by_hand() -> None:
     assert row["unconnected"]["median"] == pytest.approx(0.05 / 0.06)
 
 
-def test_playground_reports_the_wait_of_a_slider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, export = export_of_drawn_dogs(tmp_path)
+def test_playground_reports_the_wait_of_a_slider(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(playground, "REPEATS", 1)
-    found = main_of(playground, tmp_path, monkeypatch, export, "--seconds", 0.3)
+    found = main_of(playground, tmp_path, monkeypatch, exported.folder, "--seconds", 0.3)
     assert found["slider_ms"]["count"] > 0
     assert 0 < found["slider_ms"]["median"] <= found["slider_ms"]["p99"]
     assert found["first_sample_s"] > 0

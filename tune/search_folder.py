@@ -95,7 +95,7 @@ class Trial(Entry):
     @property
     def finite(self) -> list[dict[str, Any]]:
         """The records with a finite validation loss."""
-        return metrics.finite(self.records)
+        return metrics.with_finite_loss(self.records)
 
     @property
     def best(self) -> dict[str, Any] | None:

@@ -1,1 +1,1 @@
-"""Ray: connecting to it, its nodes, sending a command to it."""
+"""The Ray cluster: connecting to it, its nodes and network, and sending commands to it."""

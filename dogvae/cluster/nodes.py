@@ -1,4 +1,4 @@
-"""Ray on this machine or on the cluster that is already there, and the workers that it can give."""
+"""The nodes of the Ray cluster: how many workers they have room for, and waiting for nodes of an autoscaler."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from dogvae.compat import HEAD_RESOURCE
 from dogvae.console import Progress, clock
 from dogvae.errors import RunFailed, UsageError
 
-NODES_INTERVAL_S = 2.0  # between two looks at what nodes there are
+NODES_INTERVAL_S = 2.0  # between two looks at the nodes
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How many ranks there are, each with `cpus` CPUs, and a GPU of its own if `gpu`."""
+    """How many workers train: processes with `cpus` CPUs each, and with a GPU each if `gpu`."""
 
     count: int | tuple[int, int]
-    """A pair is the least and the most: the run takes what there is."""
+    """A number, or the least and the most of an elastic run, which takes what the cluster has."""
     gpu: bool
     cpus: int = 1
 
     @property
     def least(self) -> int:
-        """The fewest that train at all."""
+        """The least number of workers: fewer do not start."""
         return self.count[0] if isinstance(self.count, tuple) else self.count
 
     @property
     def most(self) -> int:
-        """The most that are ever at work."""
+        """The largest number of workers."""
         return self.count[1] if isinstance(self.count, tuple) else self.count
 
     @property
     def resources(self) -> dict[str, float]:
-        """What Ray sets aside for each."""
+        """The resources that Ray reserves for each worker."""
         return {"CPU": float(self.cpus)} | ({"GPU": 1.0} if self.gpu else {})
 
     def __str__(self) -> str:
@@ -48,24 +48,24 @@ class Workers:
 
 
 @cache
-def _config() -> dict[str, Any] | None:
-    """The file of `ray up` that the cluster's head was started with; None without one."""
+def _autoscaler_config() -> dict[str, Any] | None:
+    """The cluster's yaml file, which `ray up` gave to the head node; None without one."""
     import ray
 
     address = ray.get_runtime_context().gcs_address
     head = next(node for node in ray.nodes() if HEAD_RESOURCE in node["Resources"])
     if head["NodeID"] == ray.get_runtime_context().get_node_id():
-        return _config_here(address)
+        return _read_autoscaler_config(address)
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
-    ask = ray.remote(num_cpus=0)(_config_here).options(scheduling_strategy=there)
-    config: dict[str, Any] | None = ray.get(ask.remote(address))
+    on_head = NodeAffinitySchedulingStrategy(head["NodeID"], soft=False)
+    task = ray.remote(num_cpus=0)(_read_autoscaler_config).options(scheduling_strategy=on_head)
+    config: dict[str, Any] | None = ray.get(task.remote(address))
     return config
 
 
-def _config_here(address: str) -> dict[str, Any] | None:
-    """`_config`, on the head: what its autoscaler reads. Ray has no other way."""
+def _read_autoscaler_config(address: str) -> dict[str, Any] | None:
+    """The config file of the autoscaler on this node, found by its command line: Ray has no API for it."""
     import psutil
     import yaml
 
@@ -78,33 +78,36 @@ def _config_here(address: str) -> dict[str, Any] | None:
 
 
 def _autoscaler_limits() -> dict[str, int] | None:
-    """The most that an autoscaler may bring the cluster to; None without one."""
-    if (config := _config()) is None:
+    """CPUs and GPUs of the cluster when its autoscaler has started all nodes it may; None if that is unknown."""
+    if (config := _autoscaler_config()) is None:
         return None
     limits: dict[str, int] = {}
     for name, kind in config["available_node_types"].items():
         nodes = min(kind.get("max_workers", 0), config["max_workers"]) + (name == config["head_node_type"])
         for resource in ("CPU", "GPU"):
             limits[resource] = limits.get(resource, 0) + nodes * int(kind["resources"].get(resource, 0))
-    return limits if any(limits.values()) else None  # machines of one's own: what they have is not known
+    return limits if any(limits.values()) else None  # a yaml file of local machines does not say what they have
 
 
 def least_nodes() -> int:
-    """How many nodes the cluster is meant to have at least, its head among them."""
-    config = _config() or {"provider": {}, "available_node_types": {}}
+    """The least number of nodes, head included, that the cluster is configured for."""
+    config = _autoscaler_config() or {"provider": {}, "available_node_types": {}}
     workers = sum(kind.get("min_workers", 0) for kind in config["available_node_types"].values())
     return 1 + max(workers, len(config["provider"].get("worker_ips", ())))
 
 
 def is_one_machine() -> bool:
-    """Whether this is all of the cluster, and will be."""
+    """Whether the cluster is one machine, and no autoscaler can add others."""
     import ray
 
-    return sum(node["Alive"] for node in ray.nodes()) == 1 and _config() is None
+    return sum(node["Alive"] for node in ray.nodes()) == 1 and _autoscaler_config() is None
 
 
-def plan(gpus: int | tuple[int, int] | None, cpus: int | tuple[int, int] | None) -> Workers:
-    """The workers asked for, by default all GPUs, else one per node; UsageError if the cluster cannot have them."""
+def choose_workers(gpus: int | tuple[int, int] | None, cpus: int | tuple[int, int] | None) -> Workers:
+    """The workers for `--gpus` or `--cpus`. By default one per GPU; without GPUs, one per node.
+
+    A worker of the default has as many CPUs as the smallest node. Raises UsageError if the cluster cannot have so many.
+    """
     import ray
 
     total = {k: int(v) for k, v in ray.cluster_resources().items()}
@@ -113,7 +116,7 @@ def plan(gpus: int | tuple[int, int] | None, cpus: int | tuple[int, int] | None)
     if gpus is None and cpus is None:
         if have["GPU"]:
             return Workers(have["GPU"], True)
-        # Threads are faster than as many workers: they need not send each other anything.
+        # One worker with n threads is faster than n workers, which have to exchange gradients.
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         nodes = [n for n in nodes if n] or [1]
         return Workers(len(nodes), False, cpus=min(nodes))
@@ -129,19 +132,22 @@ def plan(gpus: int | tuple[int, int] | None, cpus: int | tuple[int, int] | None)
 
 
 def missing(workers: Workers) -> str:
-    """What the nodes that are there lack for the least number of workers; an empty string if they lack nothing."""
+    """A line if the present nodes have no room for the least number of workers; else an empty string."""
     room = slots(workers.cpus, float(workers.gpu))
     return "" if room >= workers.least else f"there is room for {room} of {workers.least} workers"
 
 
 def wait_for_nodes(workers: Workers, limit_s: float) -> None:
-    """Have the autoscaler bring nodes until the least number of workers fits; RunFailed if they do not in `limit_s`."""
+    """Ask the autoscaler for nodes, and wait until the least number of workers fits.
+
+    Raises RunFailed after `limit_s` seconds, and UsageError if the cluster has no autoscaler.
+    """
     from ray.autoscaler.sdk import request_resources
 
     if not (lack := missing(workers)):
         return
     if _autoscaler_limits() is None:
-        raise UsageError(f"--gpus, --cpus: {lack}, and no autoscaler that could start more nodes")
+        raise UsageError(f"--gpus, --cpus: {lack}, and no autoscaler to start more nodes")
     began = time.monotonic()
     request_resources(bundles=[workers.resources] * workers.most)
     try:
@@ -157,16 +163,16 @@ def wait_for_nodes(workers: Workers, limit_s: float) -> None:
                 line.update(0, 1, f"{lack}, {clock(waited)}")
                 time.sleep(NODES_INTERVAL_S)
     finally:
-        request_resources(bundles=[])  # the workers ask for what they need themselves; until then nodes do not leave
+        request_resources(bundles=[])  # now the workers request their own; idle nodes stay long enough
 
 
 def most_slots(cpus: int, gpus: float) -> int:
-    """As `slots`, with the nodes that an autoscaler may still bring."""
+    """As `slots`, including nodes that an autoscaler may still start."""
     return max(slots(cpus, gpus), _room(_autoscaler_limits() or {}, cpus, gpus))
 
 
 def slots(cpus: int, gpus: float) -> int:
-    """How many workers with so much each the nodes have room for, side by side; `gpus` is 0, 1 or a part of one."""
+    """How many workers with `cpus` CPUs and `gpus` GPUs (0, 1 or a fraction) fit on the nodes at the same time."""
     import ray
 
     return sum(_room(node["Resources"], cpus, gpus) for node in ray.nodes() if node["Alive"])
@@ -174,12 +180,12 @@ def slots(cpus: int, gpus: float) -> int:
 
 def _room(have: Mapping[str, float], cpus: int, gpus: float) -> int:
     by_cpu = int(have.get("CPU", 0) // cpus)
-    # A part of a GPU lies on one: two of 0.4 fit on each, whatever is left over.
+    # Each share lies within one GPU: of shares of 0.4, two fit on each GPU.
     return min(by_cpu, int(have.get("GPU", 0)) * int(1 / gpus + 1e-9)) if gpus else by_cpu
 
 
 def has_gpus() -> bool:
-    """Whether the cluster has a GPU, or an autoscaler that may bring one."""
+    """Whether the cluster has a GPU, or an autoscaler that may start a node with one."""
     import ray
 
     return ray.cluster_resources().get("GPU", 0) > 0 or (_autoscaler_limits() or {}).get("GPU", 0) > 0

@@ -1,4 +1,4 @@
-"""Whether everything is where training needs it: a look at every node, and a line with the remedy for what is wrong."""
+"""`dogvae doctor`: checks every node for what training needs, and prints a line with the remedy for what is wrong."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from dogvae.console import say
 from dogvae.storage import Storage, is_uri
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pillow", "safetensors", "dogvae")
-TIMEOUT_S = 60.0  # for one node to answer
-GROUP_TIMEOUT_S = 30.0  # for all nodes to find each other
+TIMEOUT_S = 60.0  # for a node to answer
+GROUP_TIMEOUT_S = 30.0  # for all nodes to form a process group
 CLOCK_S = 5.0  # how far a node's clock may be off
-LEAST_DISK, LEAST_SHM = 5 << 30, 1 << 30
+LEAST_DISK, LEAST_SHM = 5 << 30, 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, on which node, whether it is right, what was found, and what to do if it is not."""
+    """The result of one check on one node (or "all"), and the remedy if it is not ok."""
 
     check: str
     node: str
@@ -36,48 +36,48 @@ class Finding:
 
 
 def examine(runs: str, data: str | None) -> list[Finding]:
-    """Look at every node of the cluster that this process is connected to."""
+    """Check every node of the cluster that this process is connected to."""
     import ray
 
     nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"])
     names = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
     token = uuid.uuid4().hex
     began = time.time()
-    seen = _on_each(nodes, _look, Storage(runs).uri, data, token)
+    answers = _on_each(nodes, _inspect, Storage(runs).uri, data, token)
     least = max(len(nodes), least_nodes())
     remedy = "they join half a minute after `ray up`; if one does not, `ray monitor` and your yaml file show why"
     joined = f"{len(nodes)} of {least} joined: {', '.join(names.values())}"
     findings = [Finding("nodes", "all", len(nodes) == least, joined, remedy)]
-    ours = _versions()
+    here = _versions()
     probes = []
     for node in nodes:
-        where, answer = names[node["NodeID"]], seen[node["NodeID"]]
+        address, answer = names[node["NodeID"]], answers[node["NodeID"]]
         if isinstance(answer, str):
             remedy = "is it reachable from here, and is dogvae installed there?"
-            findings.append(Finding("answers", where, False, answer, remedy))
+            findings.append(Finding("answers", address, False, answer, remedy))
             continue
         if not answer["storage"]:
             probes.append(answer["probe"])
-        findings += _judge(node, where, answer, ours, began, time.time(), runs, data)
-    findings += _shared(nodes, names, runs, probes)
-    findings.append(_talk(nodes, gpu=False))
+        findings += _judge(node, address, answer, here, began, time.time(), runs, data)
+    findings += _check_shared(nodes, names, runs, probes)
+    findings.append(_check_network(nodes, gpu=False))
     if sum(node["Resources"].get("GPU", 0) >= 1 for node in nodes) > 1:
-        findings.append(_talk([n for n in nodes if n["Resources"].get("GPU", 0) >= 1], gpu=True))
+        findings.append(_check_network([n for n in nodes if n["Resources"].get("GPU", 0) >= 1], gpu=True))
     return findings
 
 
-def _on_each(nodes: list[dict[str, Any]], look: Any, *args: Any, **options: Any) -> dict[str, Any]:
-    """What `look` returns on every node, or a line with its error; by the node's ID."""
+def _on_each(nodes: list[dict[str, Any]], function: Any, *args: Any, **options: Any) -> dict[str, Any]:
+    """The results of `function(*args, i)` on every node i, by node ID; a line of text where it failed."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ask = ray.remote(num_cpus=0, max_retries=0, **options)(look)
-    asked = {}
+    task = ray.remote(num_cpus=0, max_retries=0, **options)(function)
+    futures = {}
     for i, node in enumerate(nodes):
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[node["NodeID"]] = ask.options(scheduling_strategy=there).remote(*args, i)
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=TIMEOUT_S)
-    return {node_id: _answer(future) for node_id, future in asked.items()}
+        on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        futures[node["NodeID"]] = task.options(scheduling_strategy=on_node).remote(*args, i)
+    ray.wait(list(futures.values()), num_returns=len(futures), timeout=TIMEOUT_S)
+    return {node_id: _answer(future) for node_id, future in futures.items()}
 
 
 def _answer(future: Any) -> Any:
@@ -104,8 +104,8 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def _look(runs: str, data: str | None, token: str, number: int) -> dict[str, Any]:
-    """Runs on a node."""
+def _inspect(runs: str, data: str | None, token: str, number: int) -> dict[str, Any]:
+    """What a node has. Runs on that node, and leaves a file there for `_check_shared` to find."""
     import torch
 
     from dogvae.data.cache import copy_status
@@ -121,7 +121,7 @@ def _look(runs: str, data: str | None, token: str, number: int) -> dict[str, Any
     found: dict[str, Any] = {"data": "", "images": 0, "fingerprint": "", "copy": ""}
     if data is not None:
         try:
-            if is_uri(data):  # a look fetches nothing
+            if is_uri(data):  # nothing is fetched: this is only a check
                 manifest = read_manifest(data)
                 found["copy"] = copy_status(manifest)
             else:
@@ -144,33 +144,35 @@ def _look(runs: str, data: str | None, token: str, number: int) -> dict[str, Any
 
 def _judge(
     node: dict[str, Any],
-    where: str,
+    address: str,
     answer: dict[str, Any],
-    ours: dict[str, str],
+    here: dict[str, str],
     began: float,
     ended: float,
     runs: str,
     data: str | None,
 ) -> list[Finding]:
-    """What a node's answer means."""
-    other = {name: v for name, v in answer["versions"].items() if v != ours[name]}
-    told = ", ".join(f"{name} {v}, here {ours[name]}" for name, v in other.items())
+    """The findings about a node, from its `answer`, our versions, and the times when it was asked and answered."""
+    other = {name: v for name, v in answer["versions"].items() if v != here[name]}
+    differing = ", ".join(f"{name} {v}, here {here[name]}" for name, v in other.items())
     promised, gpus = int(node["Resources"].get("GPU", 0)), answer["gpus"]
     off = max(0.0, began - answer["clock"], answer["clock"] - ended)
     findings = [
-        Finding("versions", where, not other, told or "as here", "install the same versions on every node"),
+        Finding("versions", address, not other, differing or "same as here", "install the same versions on every node"),
         Finding(
             "GPUs",
-            where,
+            address,
             gpus >= promised,
             f"Ray counts {promised}, torch sees {gpus}",
-            "nvidia-smi there: is the driver at work, and torch a CUDA build that it supports?",
+            "run nvidia-smi there: does the driver work, and is torch a CUDA build that it supports?",
         ),
-        Finding("clock", where, off < CLOCK_S, f"{off:.0f} s off", "turn on NTP there"),
-        Finding("disk", where, answer["disk"] > LEAST_DISK, f"{answer['disk'] / 2**30:.0f} GB free", "free some space"),
+        Finding("clock", address, off < CLOCK_S, f"{off:.0f} s off", "turn on NTP there"),
+        Finding(
+            "disk", address, answer["disk"] > LEAST_DISK, f"{answer['disk'] / 2**30:.0f} GB free", "free space there"
+        ),
         Finding(
             "storage",
-            where,
+            address,
             not answer["storage"],
             answer["storage"] or f"{runs} can be written to",
             "give --runs a place that this node may write to, such as s3://BUCKET/runs or a mounted share",
@@ -179,7 +181,7 @@ def _judge(
     if answer["shm"] is not None:
         size = f"/dev/shm of {answer['shm'] / 2**30:.1f} GB"
         findings.append(
-            Finding("memory", where, answer["shm"] > LEAST_SHM, size, "in a container: --shm-size=8g or more")
+            Finding("memory", address, answer["shm"] > LEAST_SHM, size, "in a container: --shm-size=8g or more")
         )
     if data is not None:
         copy = f", {answer['copy']}" if answer["copy"] else ""
@@ -187,12 +189,12 @@ def _judge(
         remedy = "put the dataset where every node sees it by that path, or on S3"
         if is_uri(data):
             remedy = "this node must reach it, with rights to read it, and have room for it"
-        findings.append(Finding("dataset", where, not answer["data"], found, remedy))
+        findings.append(Finding("dataset", address, not answer["data"], found, remedy))
     return findings
 
 
-def _shared(nodes: list[dict[str, Any]], names: dict[str, str], runs: str, probes: list[str]) -> list[Finding]:
-    """Whether every node sees what all of them wrote."""
+def _check_shared(nodes: list[dict[str, Any]], names: dict[str, str], runs: str, probes: list[str]) -> list[Finding]:
+    """Whether every node sees the files that all nodes wrote."""
     seen = _on_each(nodes, _read, Storage(runs).uri, probes)
     remedy = "give --runs storage that all nodes share: s3://BUCKET/runs, or an NFS mount"
     findings = []
@@ -213,8 +215,8 @@ def _forget(runs: str, probes: list[str], number: int) -> None:
         Storage(runs).delete(probe)
 
 
-def _talk(nodes: list[dict[str, Any]], gpu: bool) -> Finding:
-    """One process on each node: do they add up a number over the network that training would use?"""
+def _check_network(nodes: list[dict[str, Any]], gpu: bool) -> Finding:
+    """Whether one process on each node can add up numbers over the network that training would use."""
     backend = "nccl" if gpu else "gloo"
     first, (port,) = nodes[0]["NodeManagerAddress"], _on_each(nodes[:1], _free_port).values()
     options = {"num_gpus": 1} if gpu else {}
@@ -252,7 +254,7 @@ def _add(backend: str, first: str, port: int, world_size: int, rank: int) -> int
 
 
 def show(findings: list[Finding]) -> bool:
-    """Print a line for each, with the remedy for what is wrong; whether all is well."""
+    """Print a line for each finding, with the remedy for what is wrong. Returns whether all are ok."""
     widths = [max(len(text) for text in column) for column in zip(*((f.check, f.node) for f in findings), strict=True)]
     for f in findings:
         line = f"{'✓' if f.ok else '✗'} {f.check:<{widths[0]}}  {f.node:<{widths[1]}}  {f.found}"

@@ -1,4 +1,4 @@
-"""Command lines: flags made from the settings, grouped and with their defaults told, and errors that are one line."""
+"""Command lines: flags that several commands share, a flag for every setting, and errors of one line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dogvae.cluster.submit import SENT
 from dogvae.config import CROPS, Config, ModelConfig, Safety, check, fields_of
 from dogvae.errors import RunFailed, UsageError
 
-INTERNAL = ("architecture", "data", "fingerprint", "loss_scale")  # settings that a preset or the data decides
+INTERNAL = ("architecture", "data", "fingerprint", "loss_scale")  # settings without a flag: set by preset or data
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line and exits 2, instead of printing the whole usage first."""
+    """An ArgumentParser that raises UsageError with one line, instead of printing the usage and exiting."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
@@ -29,62 +29,65 @@ class Parser(argparse.ArgumentParser):
 
 
 def typed(prog: str) -> str:
-    """What to type to run the program again."""
+    """What to type to run `prog`."""
     return f"python {prog}" if prog.endswith(".py") else prog
 
 
 def training_parser(prog: str, description: str | None) -> Parser:
-    """The flags of `train_distributed.py`, which is also `dogvae train`."""
+    """The flags of `train_distributed.py` and `dogvae train`, which are the same command."""
     top = Parser(prog=prog, description=description)
     run = top.add_argument_group("run")
     run.add_argument(
         "--data",
-        help="a folder or archive of photos, oxford-pets, drawn:COUNT, portraits:COUNT, or a prepared dataset, also "
-        "s3:// and the like (default: portraits:2000)",
+        help="a folder or archive of photos, oxford-pets, drawn:COUNT, portraits:COUNT, or a prepared dataset, also by "
+        "a URI such as s3:// (default: portraits:2000)",
     )
     add_runs(run)
-    run.add_argument("--name", help="the run's name (default: from the data and the time)")
-    run.add_argument("--resume", action="store_true", help="go on with the run called --name")
+    run.add_argument("--name", help="the run's name (default: made of the data's name and the time)")
+    run.add_argument("--resume", action="store_true", help="resume the run called --name")
     run.add_argument(
         "--from-search",
         metavar="SEARCH",
-        help="go on with the best trial of a search, for more epochs, in a run of its own",
+        help="continue the best trial of a search for more epochs, in a new run",
     )
     run.add_argument(
-        "--dry-run", action="store_true", help="print the full configuration and what it would use, and stop"
+        "--dry-run", action="store_true", help="print all settings and the workers that would be used, and stop"
     )
-    run.add_argument("--verbose", action="store_true", help="Ray's own log; tracebacks")
+    run.add_argument("--verbose", action="store_true", help="show Ray's own log, and tracebacks")
     workers = top.add_argument_group("workers")
     add_address(workers)
     workers.add_argument(
-        "--gpus", type=span, metavar="N", help="workers with a GPU each (default: all GPUs, else CPU workers)"
+        "--gpus", type=span, metavar="N", help="number of workers with a GPU each (default: all GPUs, else CPU workers)"
     )
     workers.add_argument(
         "--cpus",
         type=span,
         metavar="N",
-        help="workers with a CPU each, also as 2:4 (default: one per node, with all its CPUs)",
+        help="number of workers with a CPU each, or a range such as 2:4 (default: one per node, with all its CPUs)",
     )
-    workers.add_argument("--nccl-socket-ifname", metavar="NAME", help="the network that GPU workers talk over (eth0)")
-    workers.add_argument("--nccl-debug", metavar="LEVEL", help="NCCL's own log, seen with --verbose: warn, info")
+    workers.add_argument("--nccl-socket-ifname", metavar="NAME", help="network interface of GPU workers, such as eth0")
+    workers.add_argument("--nccl-debug", metavar="LEVEL", help="level of NCCL's log, shown by --verbose: warn or info")
     safety = top.add_argument_group(
-        "safety", "For --gpus and --cpus, 2:4 takes what there is, and resizes as it changes."
+        "safety", "--gpus 2:4 or --cpus 2:4 takes 2 to 4 workers, as many as there are, and resizes as that changes."
     )
     safety.add_argument(
         "--checkpoint-every",
         default="60s",
         metavar="TIME",
-        help="between checkpoints within an epoch: 30s, 5m, 2h, or a number of steps (default: 60s)",
+        help="time between checkpoints within an epoch: 30s, 5m, 2h, or a number of steps (default: 60s)",
     )
     safety.add_argument(
-        "--max-failures", type=int, default=3, help="lost workers to recover from; -1: any number (default: 3)"
+        "--max-failures", type=int, default=3, help="how many lost workers to recover from; -1: any number (default: 3)"
     )
     safety.add_argument(
-        "--max-skipped", type=int, default=20, help="steps in a row that may be skipped for bad numbers (default: 20)"
+        "--max-skipped",
+        type=int,
+        default=20,
+        help="end after so many steps in a row with non-finite gradients (default: 20)",
     )
     safety.add_argument(
         "--storage-patience", type=duration, default="10m", metavar="TIME",
-        help="how long to train on while no checkpoint can be written (default: 10m)"
+        help="how long training continues while no checkpoint can be written (default: 10m)"
     )  # fmt: skip
     add_node_patience(safety)
     add_settings(top)
@@ -95,18 +98,18 @@ def training_parser(prog: str, description: str | None) -> Parser:
 
 
 def default_runs() -> str:
-    """Where runs are kept if nothing is said: a cluster's set-up names the storage that its nodes share."""
+    """The default of `--runs`. On a cluster, $DOGVAE_RUNS names the storage that its nodes share."""
     return os.environ.get("DOGVAE_RUNS") or "runs"
 
 
 def sent() -> str:
-    """` --address URL` if this is a job that came from elsewhere: what a command typed there needs to come here."""
+    """` --address URL` if this is a job that was sent from elsewhere: a command typed there needs it."""
     address = os.environ.get(SENT, "")
     return f" --address {shlex.quote(address)}" if address else ""
 
 
 def runs_flag(runs: str) -> str:
-    """` --runs RUNS`, if a command that is typed where this one was has to say it."""
+    """` --runs RUNS`, if a command needs it that the user types where this one was typed."""
     return f" --runs {shlex.quote(runs)}" if runs != default_runs() or os.environ.get(SENT) else ""
 
 
@@ -114,7 +117,7 @@ def add_runs(parser: Any) -> None:
     """Add `--runs`."""
     parser.add_argument(
         "--runs", default=default_runs(),
-        help="where runs are kept: a folder, or s3:// and the like (default: $DOGVAE_RUNS, or else runs)",
+        help="folder of all runs, or a URI such as s3:// (default: $DOGVAE_RUNS, or else runs)",
     )  # fmt: skip
 
 
@@ -123,8 +126,8 @@ def add_address(parser: Any) -> None:
     parser.add_argument(
         "--address",
         help="a cluster: HOST:PORT of its head, from one of its nodes; or, from anywhere, http://HOST:8265 of its "
-        "dashboard, to run there as a job (default: $RAY_ADDRESS, or what you started on this machine, or else Ray "
-        "starts here)",
+        "dashboard, to run there as a job (default: $RAY_ADDRESS, or the Ray that you started on this machine, or else "
+        "a new one)",
     )
 
 
@@ -132,12 +135,12 @@ def add_node_patience(parser: Any) -> None:
     """Add `--node-patience`."""
     parser.add_argument(
         "--node-patience", type=duration, default="15m", metavar="TIME",
-        help="how long to wait for nodes that an autoscaler starts, or that were lost (default: 15m)",
+        help="how long to wait for nodes: new ones of an autoscaler, or lost ones (default: 15m)",
     )  # fmt: skip
 
 
 def check_training(args: argparse.Namespace) -> None:
-    """UsageError for flags of a training that contradict each other or are out of range."""
+    """UsageError for training flags that contradict each other or are out of range."""
     if args.gpus is not None and args.cpus is not None:
         raise UsageError("--gpus and --cpus: give one of them; a GPU worker has its own CPU")
     check("max_skipped", args.max_skipped, int, {"low": 1})
@@ -147,17 +150,17 @@ def check_training(args: argparse.Namespace) -> None:
     if args.crop is not None:
         check("crop", args.crop, str, {"choices": CROPS})
     if args.from_search and (args.resume or args.data):
-        raise UsageError("--from-search: its run is a new one, on the search's data; leave out --resume and --data")
+        raise UsageError("--from-search: it starts a new run on the data of the search; leave out --resume and --data")
     if (args.resume or args.from_search) and (args.val_fraction is not None or args.crop is not None):
         flag = "--resume" if args.resume else "--from-search"
-        raise UsageError(f"{flag}: the data are prepared already; leave out --val-fraction and --crop")
+        raise UsageError(f"{flag}: its data are prepared already; leave out --val-fraction and --crop")
 
 
 def span(text: str) -> int | tuple[int, int]:
-    """`4`, or `2:4` for at least 2 and at most 4."""
+    """`4` as 4, and `2:4` as (2, 4)."""
     low, colon, high = text.partition(":")
     if not low.isdecimal() or int(low) < 1 or (colon and (not high.isdecimal() or int(high) < int(low))):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 up nor a span such as 2:4")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of at least 1 nor a range such as 2:4")
     return (int(low), int(high)) if colon else int(low)
 
 
@@ -165,28 +168,28 @@ def duration(text: str) -> float:
     """`30s`, `5m` or `2h` in seconds."""
     unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
     if unit is None or not re.fullmatch(r"\d+(\.\d+)?", text[:-1]) or float(text[:-1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 30s, 5m or 2h")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 30s, 5m or 2h")
     return unit * float(text[:-1])
 
 
 def safety(args: argparse.Namespace) -> Safety:
-    """How the run guards itself, from the flags."""
+    """The `Safety` of a run, from its flags."""
     every = args.checkpoint_every
-    when: dict[str, Any]
+    interval: dict[str, Any]
     try:
-        when = {"checkpoint_steps": int(every)} if every.isdecimal() else {"checkpoint_s": duration(every)}
+        interval = {"checkpoint_steps": int(every)} if every.isdecimal() else {"checkpoint_s": duration(every)}
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"--checkpoint-every: {error}, nor a number of steps") from error
-    if when.get("checkpoint_steps") == 0:
+    if interval.get("checkpoint_steps") == 0:
         raise UsageError("--checkpoint-every: 0 steps are too few, it must be at least 1")
     return Safety(
-        **when, max_skipped=args.max_skipped, patience_s=args.storage_patience, max_failures=args.max_failures,
+        **interval, max_skipped=args.max_skipped, patience_s=args.storage_patience, max_failures=args.max_failures,
         node_patience_s=args.node_patience,
     )  # fmt: skip
 
 
 def network(args: argparse.Namespace) -> dict[str, str]:
-    """What `--nccl-...` say, as the environment variables that NCCL reads."""
+    """The `--nccl-...` flags as the environment variables that NCCL reads."""
     typed = {"NCCL_SOCKET_IFNAME": args.nccl_socket_ifname, "NCCL_DEBUG": args.nccl_debug and args.nccl_debug.upper()}
     return {name: value for name, value in typed.items() if value}
 
@@ -221,7 +224,10 @@ def _start_ray(verbose: bool, **options: Any) -> None:
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a command: its exit status; 2 and one line on stderr for a user's mistake, 130 after Ctrl-C."""
+    """Run a command and return its exit status: 2 for a mistake of the user, 1 for a failed run, 130 after Ctrl-C.
+
+    An error is printed to stderr as one line; with --verbose, mistakes raise UsageError instead.
+    """
     argv = sys.argv[1:] if argv is None else argv
     connect.start_ray = _start_ray
     try:
@@ -238,6 +244,6 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone (`| head`): nothing is left to say, not even at exit.
+        # The reader of our output has ended (`| head`). Without stdout, Python does not complain at exit either.
         sys.stdout = None
         return 141

@@ -1,4 +1,4 @@
-"""A command that `--address http://HOST:8265` sends to a cluster, where it runs as a job."""
+"""Commands that `--address http://HOST:8265` sends to a cluster, to run there as a job."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dogvae.errors import UsageError
 def run_there(args: argparse.Namespace, command: Sequence[str], argv: Sequence[str]) -> int | None:
     """Run `dogvae COMMAND ARGV` on a cluster, if `--address` (or `RAY_ADDRESS`) is the URL of its dashboard.
 
-    Returns the job's exit status, or None if the command is to run here. Raises UsageError for a relative path, which
-    means nothing there, and as `run_job`.
+    Returns the job's exit status, or None if the command has to run here. Raises UsageError for a relative path, which
+    the cluster cannot see, and as `run_job` does.
     """
     address = args.address or os.environ.get("RAY_ADDRESS", "")
     if not address.startswith(("http://", "https://")):

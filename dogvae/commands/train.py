@@ -1,11 +1,11 @@
-"""Train a VAE on dog photos, on all the GPUs or CPUs that Ray has.
+"""Train a VAE on dog photos, on all GPUs or CPUs that Ray has.
 
-python train_distributed.py                           # draws its own dogs: a first look, in minutes
-python train_distributed.py --data photos --gpus 4    # a folder, an archive, or what `dogvae prepare` made
-python train_distributed.py --name NAME --resume      # go on with a run that was interrupted
-python train_distributed.py --address http://localhost:8265 --data s3://BUCKET/dogs   # the same, on a cluster
+python train_distributed.py                           # a first look: draws its own dogs, trains within minutes
+python train_distributed.py --data photos --gpus 4    # a folder, an archive, or a dataset of `dogvae prepare`
+python train_distributed.py --name NAME --resume      # resume an interrupted run
+python train_distributed.py --address http://localhost:8265 --data s3://BUCKET/dogs   # on a cluster
 
-`dogvae train` is the same command, anywhere.
+`dogvae train` is the same command and works in any folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROG = "train_distributed.py"
 
 
 def main(argv: Sequence[str], prog: str = PROG) -> int:
-    """Train as `argv` says; `prog` is what the user typed. Returns the exit status."""
+    """Train with the flags `argv`; `prog` is the program that the user typed. Returns the exit status."""
     args = flags.training_parser(prog, __doc__).parse_args(argv)
     flags.check_training(args)
     safety = flags.safety(args)
@@ -39,14 +39,14 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     name = args.name or run_folder.default_name(args.from_search or choice.data)
     is_new = not (args.resume or args.from_search)
     if args.data is None and is_new and "preset" not in settings:
-        settings = {"preset": "small", "epochs": 8, **settings}  # a first look, in minutes
-    config = Config.make(data=choice.data, **settings)  # mistakes are told before anything slow is imported
+        settings = {"preset": "small", "epochs": 8, **settings}  # a first look within minutes
+    config = Config.make(data=choice.data, **settings)  # finds mistakes before anything slow is imported
     if (status := run_there(args, ["train"], argv)) is not None:
         return status
     if args.resume:
         storage, config = run_folder.open_old(args.runs, args.name, settings, args.data)
         if run_folder.is_finished(storage, config):
-            say(f"{storage.uri} has finished its {config.epochs} epochs; to go on, add --epochs {2 * config.epochs}")
+            say(f"{storage.uri} has finished its {config.epochs} epochs; for more, add --epochs {2 * config.epochs}")
             finish(storage, config, args.runs)
             return 0
     else:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
             choice.check()
     os.environ |= flags.network(args)
     say(connect.connect(args.address, args.verbose))
-    workers = nodes.plan(args.gpus, args.cpus)
+    workers = nodes.choose_workers(args.gpus, args.cpus)
     if args.dry_run:
         say(json.dumps({"run": storage.uri, "workers": str(workers), **config.to_dict()}, indent=2))
         return 0
@@ -83,13 +83,14 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
 
 
 def finish(storage: Storage, config: Config, logdir: str) -> None:
-    """Export the best checkpoint, and say where everything is and what to type next."""
+    """Export the best checkpoint; print where everything is and what to type next."""
     from dogvae.training.export import export
 
     folder = export(storage, config).uri
     best = metrics.best(metrics.read(storage))
-    told = f"\nthe best    epoch {best['epoch'] + 1}: {metrics.describe(best)}" if best else ""
-    say(f"""{told}
+    if best:
+        say(f"\nthe best    epoch {best['epoch'] + 1}: {metrics.describe(best)} (0: the mean image, 1: perfect)")
+    say(f"""\
 the run     {storage.uri}
 the model   {folder}
 next        tensorboard --logdir {shlex.quote(logdir)}

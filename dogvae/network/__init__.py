@@ -1,1 +1,1 @@
-"""The network, its likelihoods and priors."""
+"""The network, its likelihoods and its priors."""

@@ -1,7 +1,6 @@
-"""Batch normalisation over the batches of all ranks, on any device: torch's own refuses CPU tensors.
+"""Batch normalisation over the global batch of all ranks, on any device: torch's SyncBatchNorm refuses CPU tensors.
 
-The passes over the images are torch's own kernels of batch norm, which are fused; what is between them, a few numbers
-a channel, is summed up over ranks.
+torch's fused batch norm kernels process the images; a few sums per channel are added up over ranks between them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,10 @@ from torch import Tensor, nn
 
 
 class _Normalize(torch.autograd.Function):
-    """Training-mode batch norm of the global batch, in groups; also gives each group's mean and unbiased variance."""
+    """Training-mode batch norm of the global batch, whose samples form `groups` that are normalised separately.
+
+    x is (b, c, h, w); returns y of the same shape, and each group's mean and unbiased variance, (groups, c) float64.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, ...]:
@@ -35,7 +37,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """dx = weight / std * (dy - mean(dy) - x_hat * mean(dy * x_hat)), with means over all ranks."""
+        """dx = weight / std * (dy - mean(dy) - x_hat * mean(dy * x_hat)), where the means are over all ranks."""
         x, weight, count, mean, var = ctx.saved_tensors
         xs, dys = _split(x, ctx.groups), _split(gradients[0], ctx.groups)
         std = (var + ctx.eps).sqrt()
@@ -43,38 +45,38 @@ class _Normalize(torch.autograd.Function):
         sums = torch.zeros((ctx.groups, 2, len(weight)), dtype=torch.float64, device=x.device)  # of dy * x_hat, and dy
         for total, part, dy, (m, v) in zip(sums, xs, dys, stats, strict=True):
             if len(part):
-                # CUDA's kernel takes the inverse standard deviation wherever it is given; the CPU's computes its own.
+                # CUDA's kernel uses the inverse standard deviation that it is given; the CPU's computes it itself.
                 invstd = (v + ctx.eps).rsqrt()
-                _, *mine = torch.ops.aten.native_batch_norm_backward(
+                _, *sums_here = torch.ops.aten.native_batch_norm_backward(
                     dy, part, weight, m, v, m, invstd, False, ctx.eps, [False, True, True]
                 )
-                total.copy_(torch.stack(mine))
-        own = sums.sum(dim=0).to(weight.dtype)
+                total.copy_(torch.stack(sums_here))
+        weight_grad, bias_grad = sums.sum(dim=0).to(weight.dtype)
         dist.all_reduce(sums)
-        # As a function of dy and x, for each channel: dx = slope * dy + lean * x + shift.
-        slope = weight / std
-        lean = -slope / std * sums[:, 0] / count
-        shift = -slope * sums[:, 1] / count - lean * mean
-        nothing, unit = torch.zeros_like(weight), torch.ones_like(weight)
-        leaning = [
-            F.batch_norm(part, nothing, unit, a.to(weight.dtype), b.to(weight.dtype), eps=0.0)
-            for part, a, b in zip(xs, lean, shift, strict=True)
+        # For each channel: dx = dy_factor * dy + x_factor * x + shift.
+        dy_factor = weight / std
+        x_factor = -dy_factor / std * sums[:, 0] / count
+        shift = -dy_factor * sums[:, 1] / count - x_factor * mean
+        zero, one = torch.zeros_like(weight), torch.ones_like(weight)
+        terms_of_x = [  # batch norm with mean 0 and variance 1: a fused x_factor * x + shift
+            F.batch_norm(part, zero, one, a.to(weight.dtype), b.to(weight.dtype), eps=0.0)
+            for part, a, b in zip(xs, x_factor, shift, strict=True)
         ]
-        slopes = slope.to(weight.dtype)[:, :, None, None]
-        dx = _join([part.addcmul_(dy, a) for part, dy, a in zip(leaning, dys, slopes, strict=True)])
-        return dx, own[0], own[1], None, None
+        dy_factors = dy_factor.to(weight.dtype)[:, :, None, None]
+        dx = _join([part.addcmul_(dy, a) for part, dy, a in zip(terms_of_x, dys, dy_factors, strict=True)])
+        return dx, weight_grad, bias_grad, None, None
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` that trains on the statistics of the global batch, of which a rank's slice may be empty.
+    """`nn.BatchNorm2d` that trains on the statistics of the global batch; a rank's slice may be empty.
 
-    With `groups` = k, each k-th of the batch, in order, is normalised by its own statistics, as in k calls.
+    With `groups` = k the batch is cut into k equal parts, each normalised by its own statistics, as in k calls.
     """
 
     groups = 1
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        """Normalised over ranks, batch and pixels; the same shape and type."""
+        """Normalise (b, c, h, w) over ranks, batch and pixels; shape and dtype stay."""
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         if not self.training or (alone and self.groups == 1):
             return super().forward(x_bchw)
@@ -93,14 +95,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def _sums(x_bchw: Tensor, weight: Tensor) -> Tensor:
-    """Count, sum and sum of squares of each channel, (3, c) float64."""
+    """Count, sum and sum of squares of each channel: (3, c) float64."""
     n = x_bchw[:, 0].numel()
     if n == 0:
         return torch.zeros((3, len(weight)), dtype=torch.float64, device=x_bchw.device)
-    # Running statistics are given only so that those of this batch come in their type, not in bfloat16.
+    # The running statistics passed here only make the kernel return float32, not the bfloat16 of the batch.
     mean, var = torch.ops.aten.batch_norm_update_stats(x_bchw, torch.zeros_like(weight), torch.ones_like(weight), 0.0)
     mean, var = mean.double(), var.double()
-    # In double, recovering the variance from sums of squares loses nothing.
+    # In float64 the variance can be recovered from the sum of squares without loss.
     return n * torch.stack([torch.ones_like(mean), mean, var + mean.square()])
 
 

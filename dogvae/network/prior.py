@@ -1,8 +1,11 @@
-"""A density that fits the latents: what new dogs are drawn from, where N(0, I) would give noise. Pure torch, float64.
+"""The prior p(z) that new dogs are sampled from, fitted to the latents after training. Pure torch, float64.
 
-The decoder has seen samples of the aggregated posterior, q(z): the average, over training images, of N(mu, var). For
-images that are few or alike it is far from N(0, I). Here a mixture of Gaussians with full covariances is fitted to it,
-by maximising E_q(z)[log p(z)]: that is what a learned prior gains in the ELBO (Tomczak & Welling 2018, eq. 3).
+The decoder was trained on samples of the aggregated posterior q(z): the average of N(mu, var) over training images.
+With few or similar images q(z) is far from N(0, I), whose samples then decode to noise. So a mixture of Gaussians with
+full covariances is fitted to q(z). It maximises E_q(z)[log p(z)], which is what a learned prior adds to the ELBO
+(Tomczak & Welling 2018, eq. 3).
+
+Latents are flat here: (n, d) with d = latent_dim * 16.
 """
 
 from __future__ import annotations
@@ -17,33 +20,33 @@ from torch import Tensor
 from dogvae import rng
 from dogvae.rng import Stream
 
-MOST_IMAGES = 20_000  # of the training split that are fitted to
+MOST_IMAGES = 20_000  # training images that the prior is fitted to
 MOST_COMPONENTS = 32
-LEAST_IMAGES = 40  # of a component, on average
-LEAST_VARIANCE = 1e-6  # a latent that never varies has no density
-HELD_OUT = 5  # one image in so many decides the shrinkage and the number of components
-SHRINKAGE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # what correlations are lowered by: a few photos have chance ones
-MOST_STEPS, TOLERANCE = 50, 1e-4  # of expectation maximisation; nats per latent that a step must gain for another one
+LEAST_IMAGES = 40  # images per component, on average
+LEAST_VARIANCE = 1e-6  # lower bound of posterior variances: a latent without any variance has no density
+HELD_OUT = 5  # every fifth image is held out, to choose the shrinkage and the number of components
+SHRINKAGE = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # shares by which correlations, which may be chance, are lowered
+MOST_STEPS, TOLERANCE = 50, 1e-4  # of expectation maximisation, which stops when a step gains fewer nats per latent
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Gaussians over flat latents (d,): weights (k,), means (k, d), lower Cholesky factors of covariances (k, d, d)."""
+    """k Gaussians: weights (k,), means (k, d) and the lower Cholesky factors of the covariances, (k, d, d)."""
 
     weights: Tensor
     means: Tensor
     factors: Tensor
 
     def double(self) -> Mixture:
-        """The same in float64, which sums over hundreds of dimensions are taken in."""
+        """A copy in float64, which sums over hundreds of dimensions need."""
         return Mixture(self.weights.double(), self.means.double(), self.factors.double())
 
     def log_prob(self, z_nd: Tensor) -> Tensor:
-        """Log density (n,) in nats."""
+        """Log density of latents (n, d), (n,) in nats."""
         return torch.logsumexp(self._joint(z_nd), dim=1)
 
     def expected(self, mu_nd: Tensor, var_nd: Tensor) -> Tensor:
-        """For each component log weight + E[log N(z)] over z ~ N(mu, var): (n, k) nats."""
+        """log weight + E[log N(z)] over z ~ N(mu, var) for each image and component, (n, k) nats."""
         precisions = torch.cholesky_inverse(self.factors).diagonal(dim1=1, dim2=2)
         return self._joint(mu_nd) - 0.5 * var_nd @ precisions.T
 
@@ -55,7 +58,7 @@ class Mixture:
         return torch.stack(logs, dim=1) + self.weights.log() - 0.5 * z_nd.shape[1] * math.log(2 * math.pi)
 
     def draw(self, uniform_n: Tensor, noise_nd: Tensor, temperature: float = 1.0) -> Tensor:
-        """Samples (n, d) from uniform numbers in [0, 1) and standard normal ones; temperature 0 gives the means."""
+        """Samples (n, d) from uniform numbers in [0, 1) and standard normal noise. Temperature 0 gives the means."""
         chosen = torch.searchsorted(self.weights.cumsum(0), uniform_n).clamp_max(len(self.weights) - 1)
         z = self.means[chosen]
         for k in chosen.unique():
@@ -64,10 +67,13 @@ class Mixture:
 
 
 def fit(mu_nd: Tensor, var_nd: Tensor, progress: Callable[[str], None] = lambda text: None) -> tuple[Mixture, Mixture]:
-    """One Gaussian, and the mixture whose number of components held-out images prefer, of posteriors N(mu, var)."""
+    """Fit one Gaussian, and a mixture, to posteriors N(mu, var). Held-out images choose the number of components.
+
+    `progress` is called with a line of text before each fit.
+    """
     mu, var = mu_nd.double(), var_nd.double().clamp_min(LEAST_VARIANCE)
     held = torch.arange(len(mu)) % HELD_OUT == 0
-    noise = torch.randn(mu[held].shape, generator=_chance(Stream.PRIOR), dtype=torch.float64)
+    noise = torch.randn(mu[held].shape, generator=_generator(Stream.PRIOR), dtype=torch.float64)
     z = mu[held] + var[held].sqrt() * noise.to(mu.device)
 
     def score(components: int, shrinkage: float) -> float:
@@ -89,9 +95,9 @@ def fit(mu_nd: Tensor, var_nd: Tensor, progress: Callable[[str], None] = lambda 
 
 
 def principal(mu_nd: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The principal directions (r, d) of means, unit length, widest first, and the standard deviation (r,) along each.
+    """The first r <= `most` principal directions of means (n, d): unit vectors (r, d), and standard deviations (r,).
 
-    r is at most `most`. Of the two signs, the one whose largest component is positive.
+    The largest deviation comes first. The sign makes the largest component of each direction positive.
     """
     values, vectors = torch.linalg.eigh(torch.cov(mu_nd.double().T, correction=0))
     scales, directions = values.flip(0)[:most].clamp_min(0).sqrt(), vectors.T.flip(0)[:most]
@@ -100,10 +106,11 @@ def principal(mu_nd: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _fit(mu: Tensor, var: Tensor, components: int, shrinkage: float) -> Mixture:
-    """Expectation maximisation on a lower bound of E_q[log p(z)], in which each image has one set of responsibilities.
+    """Fit a mixture by expectation maximisation on a lower bound of E_q[log p(z)].
 
-    A component's covariance is mixed with the average of all components', as much as `d` images would: in hundreds of
-    dimensions it has too few images of its own. Of that average, correlations are lowered by the share `shrinkage`.
+    Responsibilities belong to images, not to samples of their posteriors. A component has too few images for its own
+    covariance in hundreds of dimensions, so the average covariance is mixed in, with the weight of `d` images. The
+    correlations of that average are lowered by the share `shrinkage`.
     """
     n, d = mu.shape
     share = _clusters(mu, components)
@@ -118,7 +125,7 @@ def _fit(mu: Tensor, var: Tensor, components: int, shrinkage: float) -> Mixture:
         new = Mixture(count / n, means, torch.linalg.cholesky(covariances))
         joint = new.expected(mu, var)
         bound = float(torch.logsumexp(joint, dim=1).mean()) / d
-        if bound > before:  # the average of the components is mixed in: a step may also lose
+        if bound > before:  # a step can also lower the bound, as the average covariance is mixed in
             mixture = new
         if components == 1 or bound - before < TOLERANCE:
             break
@@ -127,17 +134,17 @@ def _fit(mu: Tensor, var: Tensor, components: int, shrinkage: float) -> Mixture:
 
 
 def _scatter(offset_nd: Tensor, var_nd: Tensor, share_n: Tensor) -> Tensor:
-    """Sum of the images' shares times E[(z - mean)(z - mean)^T]."""
+    """E[(z - mean)(z - mean)^T], summed over images with weights `share_n`: (d, d)."""
     return (offset_nd * share_n[:, None]).T @ offset_nd + torch.diag(share_n @ var_nd)
 
 
 def _clusters(mu: Tensor, components: int) -> Tensor:
-    """Each image wholly to one cluster, (n, k), by k-means from seeds that are far apart (k-means++)."""
-    chance = _chance(Stream.CLUSTERS)
+    """One-hot clusters of the images, (n, k), by k-means from k-means++ seeds."""
+    generator = _generator(Stream.CLUSTERS)
     centres = mu[:1]
     for _ in range(components - 1):
         distance = torch.cdist(mu, centres).amin(dim=1).square().cpu()
-        chosen = torch.multinomial(distance / distance.sum(), 1, generator=chance) if distance.sum() > 0 else [0]
+        chosen = torch.multinomial(distance / distance.sum(), 1, generator=generator) if distance.sum() > 0 else [0]
         centres = torch.cat([centres, mu[chosen]])
     for _ in range(10):
         share = torch.nn.functional.one_hot(torch.cdist(mu, centres).argmin(dim=1), components).to(mu)
@@ -146,5 +153,5 @@ def _clusters(mu: Tensor, components: int) -> Tensor:
     return share
 
 
-def _chance(stream: Stream) -> torch.Generator:
+def _generator(stream: Stream) -> torch.Generator:
     return torch.Generator().manual_seed(rng.seed(stream))

@@ -1,7 +1,7 @@
 """Encoder, Decoder, VAE: a convolutional variational autoencoder whose latent is a 4x4 map of `latent_dim` channels.
 
-The network of the reference notebook, and ours, which mends its faults: no activation on the posterior's parameters,
-a log-variance that cannot overflow, logits instead of probabilities, and padding that halves the size exactly.
+Two architectures: the reference notebook's, and the default, which corrects it: no activation on the posterior's
+parameters, a log-variance that cannot overflow, logits instead of probabilities, padding that halves the size exactly.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dogvae.config import ModelConfig
 from dogvae.network.likelihood import decoded_mean
 from dogvae.network.norm import SyncBatchNorm
 
-LATENT_SIDE = 4  # the encoder halves the image until it is this small
-LOGVAR_BOUND = 10.0  # |log variance| of the default posterior: exp() of it is far from overflow in any precision
-GROUP_CHANNELS = 8  # channels that share their statistics under group norm
+LATENT_SIDE = 4  # pixels: the encoder halves the image down to this side
+LOGVAR_BOUND = 10.0  # limit of |log variance|, default architecture: its exp() cannot overflow in any precision
+GROUP_CHANNELS = 8  # channels in each group of group norm
 
 
-# Brightness, red against blue, green against magenta: nearly the principal components of photos' colours (Ohta, Kanade
-# & Sakai 1980). Rows are orthonormal. In RGB, colour is a small difference of three large numbers: a network that draws
-# RGB learns brightness first and then, for a long time, no colour at all (docs/quality.md).
+# Brightness, red against blue, green against magenta: nearly the principal components of colours in photos (Ohta,
+# Kanade & Sakai 1980). The rows are orthonormal. In RGB, colour is a small difference of three large numbers. So a
+# network with RGB outputs learns brightness first, and for a long time no colour at all (docs/quality.md).
 OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
 OPPONENT = OPPONENT / OPPONENT.norm(dim=1, keepdim=True)
-OPPONENT_SCALE = torch.tensor([1.0, 0.5, 0.5])  # of the decoder's output: colours vary less than brightness
+OPPONENT_SCALE = torch.tensor([1.0, 0.5, 0.5])  # factors of the decoder's outputs: colour varies less than brightness
 
 
 def _norm(config: ModelConfig, channels: int) -> nn.Module:
@@ -36,7 +36,7 @@ def _norm(config: ModelConfig, channels: int) -> nn.Module:
 
 
 def _widths(config: ModelConfig) -> list[int]:
-    """Output channels of the encoder's stages: one for each halving from the image down to the latent map."""
+    """Output channels of the encoder's stages; each stage halves the image."""
     stages = (config.image_size // LATENT_SIDE).bit_length() - 1
     return [config.width * min(2**i, 8) for i in range(stages)]
 
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
         layers: list[nn.Module] = []
         channels = 3
         for stage, width in enumerate(_widths(config)):
-            # The notebook normalises from its third stage on; padding 2 leaves each of its maps a pixel larger.
+            # The notebook normalises from its third stage on, and its padding of 2 makes each map a pixel larger.
             normed = stage >= 2 if self.notebook else stage >= 1
             padding = 2 if self.notebook else 1
             layers.append(
@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x_bchw: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the posterior, in fp32."""
+        """Mean and log-variance of the posterior, each (b, latent_dim, 4, 4) float32."""
         mu, logvar = self.layers(x_bchw).float().chunk(2, dim=1)
         if not self.notebook:
             logvar = LOGVAR_BOUND * torch.tanh(logvar / LOGVAR_BOUND)
@@ -90,24 +90,24 @@ class Decoder(nn.Module):
             channels = width
         pixels = nn.ConvTranspose2d(channels, 3, 3, padding=1)
         if config.architecture == "default":
-            nn.init.zeros_(pixels.weight)  # the first picture is flat grey, not noise that has to be unlearnt
+            nn.init.zeros_(pixels.weight)  # start from flat grey pictures instead of noise, which has to be unlearnt
         layers.append(pixels)
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z_bchw: Tensor) -> Tensor:
-        """Logits of the pixels."""
+        """Logits of the pixels, (b, 3, h, h)."""
         if self.notebook:
             return self.layers(z_bchw)
         return _mix(self.layers(z_bchw), OPPONENT.T * OPPONENT_SCALE)
 
 
 def _mix(x_bchw: Tensor, matrix: Tensor) -> Tensor:
-    """Each pixel's three channels times a 3x3 matrix."""
+    """Multiply the three channels of each pixel, (b, 3, h, w), by a 3x3 matrix."""
     return F.conv2d(x_bchw, matrix.to(x_bchw)[:, :, None, None])
 
 
 class VAE(nn.Module):
-    """An encoder and a decoder; `forward` is one pass with given noise, so that nothing here draws random numbers."""
+    """Encoder and decoder. It draws no random numbers: `forward` is given the noise."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -122,19 +122,20 @@ class VAE(nn.Module):
         return (self.config.latent_dim, LATENT_SIDE, LATENT_SIDE)
 
     def forward(self, x_bchw: Tensor, noise_sbchw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (s, b, 3, h, h) of one decoding per posterior sample, and the posterior's mean and log-variance.
+        """Logits (s, b, 3, h, h) for s posterior samples, and the posterior's mean and log-variance.
 
-        x is in [0, 1]; the noise is standard normal, (s, b, latent_dim, 4, 4): z = mu + exp(logvar / 2) * noise.
+        x is (b, 3, h, h) in [0, 1]. Samples are z = mu + exp(logvar / 2) * noise, with standard normal noise
+        (s, b, latent_dim, 4, 4).
         """
         mu, logvar = self.encoder(x_bchw)
         z = mu + torch.exp(0.5 * logvar) * noise_sbchw
         return self.decode_samples(z), mu, logvar
 
     def decode_samples(self, z_sbchw: Tensor) -> Tensor:
-        """Logits (s, b, 3, h, h): the samples are folded into the batch and decoded in one call."""
+        """Logits (s, b, 3, h, h) of latents (s, b, latent_dim, 4, 4), decoded in one call as a batch of s * b."""
         norms = [m for m in self.decoder.modules() if isinstance(m, SyncBatchNorm)]
         for norm in norms:
-            # The notebook decodes its samples one by one: each is normalised by its own statistics.
+            # The notebook decodes one sample after another, so each sample is normalised by its own statistics.
             norm.groups = len(z_sbchw) if self.config.architecture == "notebook" else 1
         logits = self.decoder(z_sbchw.flatten(0, 1))
         for norm in norms:
@@ -142,5 +143,5 @@ class VAE(nn.Module):
         return logits.unflatten(0, z_sbchw.shape[:2])
 
     def decode_mean(self, z_bchw: Tensor) -> Tensor:
-        """Pictures (b, 3, h, h) in [0, 1]: the likelihood's mean given the latents."""
+        """Pictures (b, 3, h, h) in [0, 1]: the mean of the likelihood, given latents (b, latent_dim, 4, 4)."""
         return decoded_mean(self.config.likelihood, self.decoder(z_bchw).float())

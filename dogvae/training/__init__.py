@@ -1,1 +1,1 @@
-"""Training: the loop over steps and epochs, on every rank, and Ray Train around it."""
+"""Training: the loop over epochs and steps on every rank, and how Ray Train runs it."""

@@ -1,7 +1,7 @@
-"""Batched augmentation on the device: horizontal flip and small rotation, the notebook's two.
+"""Batched augmentation on the device, as in the notebook: horizontal flips and small rotations.
 
-The draws are made for the whole global batch from (seed, epoch, step) and sliced by rank, so that any number of
-workers sees the same images.
+The random draws are made for the global batch from (seed, epoch, step), and each rank takes its slice. So the images
+do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ MAX_DEGREES = 10.0
 
 
 def draws(n: int, seed: int, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """For a global batch of `n` images: which are flipped (n,) bool, and by how many degrees each turns (n,) float32.
+    """For a global batch of `n` images: which to flip, (n,) bool, and their rotations in degrees, (n,) float32.
 
-    0 degrees is no rotation; positive turns counter-clockwise.
+    0 degrees is no rotation; positive angles are counter-clockwise.
     """
     u = rng.words(3 * n, Stream.AUGMENTATION, seed, epoch, step).reshape(3, n) / 2.0**64
     flip = u[0] < FLIP_P
@@ -33,11 +33,12 @@ def draws(n: int, seed: int, epoch: int, step: int) -> tuple[np.ndarray, np.ndar
 
 
 def augment(x_bchw: Tensor, flip_b: Tensor, degrees_b: Tensor) -> Tensor:
-    """Flip, then rotate each image about its centre (bilinear; the border is reflected, so no corner turns black).
+    """Flip images (b, 3, h, h) in [0, 1], then rotate each by its `degrees_b` about its centre.
 
-    Images in [0, 1]; an image that is not rotated keeps its exact values.
+    Bilinear; the border is reflected, so that corners do not turn black. Images that are not rotated keep their exact
+    values.
     """
-    if len(x_bchw) == 0:  # a short last batch may leave a rank without images; affine_grid refuses those
+    if len(x_bchw) == 0:  # the last batch may leave a rank without images, which affine_grid refuses
         return x_bchw
     x = torch.where(flip_b[:, None, None, None], x_bchw.flip(3), x_bchw)
     radians = degrees_b * (math.pi / 180)

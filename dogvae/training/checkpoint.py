@@ -1,7 +1,7 @@
-"""Checkpoints: the full training state in one verified file, written whole, off the training path.
+"""Checkpoints: the full training state in one file with a checksum, written in the background.
 
-A checkpoint is a safetensors file, so loading it runs no code. Its name carries the step and the SHA-256 of its bytes:
-`step-000000800-3fa9c1d2e4b5a697.safetensors`. A file that does not hash to its name was torn and is never used.
+A checkpoint is a safetensors file, so loading it runs no code. Its name holds the step and the first 16 hex digits of
+the SHA-256 of its bytes: `step-000000800-3fa9c1d2e4b5a697.safetensors`. A file whose hash differs is never used.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from dogvae.errors import RunFailed
 from dogvae.storage import Storage
 from dogvae.training.run_folder import CHECKPOINTS
 
-KEEP_LATEST = 2  # the newest, and the one before it should the newest turn out to be torn
-LONGEST_PAUSE_S = 30.0
+KEEP_LATEST = 2  # the newest, and the one before it in case the newest is damaged
+LONGEST_PAUSE_S = 30.0  # between two attempts to write
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.safetensors")
 
 
 class Checkpoint(NamedTuple):
-    """Tensors by name, and what else was known when they were saved (JSON): among it `epoch`, `step`, `val_loss`."""
+    """Tensors by name, and JSON-ready `meta`: `epoch`, `step`, `val_loss` and whatever else the loop saves."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
 
 
 def _score(meta: dict[str, Any]) -> float:
-    """`val_loss`, infinite if there is none: what the best has least of."""
+    """`val_loss`, or infinity without one: the best checkpoint has the least."""
     loss = meta.get("val_loss")
     return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 class Checkpoints:
-    """The checkpoints of the run in `storage`: the best by `val_loss` and the latest ones are kept.
+    """The checkpoints of the run in `storage`. The latest ones and the best by `val_loss` are kept.
 
-    Writing never holds up training: while one state is being written only the newest of those that wait, and the best
-    of them, wait on. `note` hears, in a line, of torn files and of storage that fails and comes back. While it fails,
-    writing is tried again with growing pauses; after `patience_s` without success `check` raises.
+    Writing happens in the background. At most two states queue behind a running write: the newest and the best. While
+    the storage fails, writing is retried with growing pauses; after `patience_s` seconds without success it ends with
+    RunFailed. `note` gets a line for each damaged file, and when the storage fails and recovers.
     """
 
     def __init__(self, storage: Storage, note: Callable[[str], None] = warn, patience_s: float = 600.0) -> None:
@@ -58,31 +58,31 @@ class Checkpoints:
         self._writing: Future[None] | None = None
         self._lock = Lock()
         self._waiting: list[Checkpoint] = []
-        self._since = 0.0  # when writing last succeeded, or began
-        self._trouble = False  # the storage fails
-        self._val_loss: dict[str, float] = {}  # by file; infinite: has none
+        self._since = 0.0  # when a write last succeeded, or the writing began
+        self._failing = False  # whether the last write failed
+        self._scores: dict[str, float] = {}  # `_score` of each file
         self.last_step = 0
-        """Of the newest checkpoint that is known to be on the storage."""
+        """Step of the newest checkpoint that is known to be on the storage."""
 
     def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Copy the state at once and write it in the background; raises as `check`."""
+        """Copy the state now and write it in the background. Raises as `check` does."""
         self.check()
         copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
         with self._lock:
             best = min(self._waiting, key=lambda c: _score(c.meta), default=None)
-            worth = [best] if best and _score(best.meta) < math.inf else []
-            self._waiting = [*worth, Checkpoint(copies, meta)]
+            best_first = [best] if best and _score(best.meta) < math.inf else []
+            self._waiting = [*best_first, Checkpoint(copies, meta)]
             if self._writing is None or self._writing.done():
                 self._since = time.monotonic()
                 self._writing = self._thread.submit(self._write_waiting)
 
     def wait(self) -> None:
-        """Until what was saved is on the storage; raises RunFailed if that was given up."""
+        """Wait until all saved states are on the storage. Raises RunFailed if writing was given up."""
         if self._writing is not None:
             self._writing.result()
 
     def check(self) -> None:
-        """Raise RunFailed if writing was given up, or has hung for too long; does not wait."""
+        """Raise RunFailed if writing was given up, or hangs for too long. Does not wait."""
         if self._writing is None:
             return
         if self._writing.done():
@@ -91,21 +91,21 @@ class Checkpoints:
             raise self._given_up("it does not answer")
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None if there is none."""
-        found = self._first_whole(reversed(self._names()))
+        """The newest undamaged checkpoint, or None."""
+        found = self._first_undamaged(reversed(self._names()))
         self.last_step = found.meta["step"] if found else 0
         return found
 
     def best(self) -> Checkpoint | None:
-        """The whole checkpoint with the least `val_loss`, else the latest."""
+        """The undamaged checkpoint with the least `val_loss`; without any `val_loss`, the latest."""
         scored = [(loss, name) for name in self._names() if (loss := self._loss_of(name)) is not None]
-        return self._first_whole(name for _, name in sorted(scored)) or self.latest()
+        return self._first_undamaged(name for _, name in sorted(scored)) or self.latest()
 
     def _names(self) -> list[str]:
         return [name for name in self._storage.names() if _NAME.fullmatch(name)]
 
     def _write_waiting(self) -> None:
-        """Write what waits, until nothing does."""
+        """Write the queued states until the queue is empty."""
         pause = 1.0
         while True:
             with self._lock:
@@ -117,14 +117,14 @@ class Checkpoints:
             except OSError as error:
                 if time.monotonic() - self._since > self._patience_s:
                     raise self._given_up(str(error)) from error
-                if not self._trouble:
-                    self._trouble = True
-                    self._note(f"a checkpoint could not be written ({error}): training on, and trying again")
+                if not self._failing:
+                    self._failing = True
+                    self._note(f"a checkpoint could not be written ({error}): training goes on, and it is tried again")
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
                 continue
-            if self._trouble:
-                self._trouble = False
+            if self._failing:
+                self._failing = False
                 self._note("checkpoints can be written again")
             self._since, pause = time.monotonic(), 1.0
             with self._lock:
@@ -140,7 +140,7 @@ class Checkpoints:
         data = safetensors.torch.save(tensors, {"meta": json.dumps(meta)})
         name = f"step-{meta['step']:09d}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         self._storage.write(name, data)
-        self._val_loss[name] = _score(meta)
+        self._scores[name] = _score(meta)
         self.last_step = meta["step"]
         self._prune()
 
@@ -153,13 +153,13 @@ class Checkpoints:
                 self._storage.delete(name)
 
     def _loss_of(self, name: str) -> float | None:
-        if name not in self._val_loss:
+        if name not in self._scores:
             checkpoint = self._read(name)
-            self._val_loss[name] = _score(checkpoint.meta) if checkpoint else math.inf
-        loss = self._val_loss[name]
+            self._scores[name] = _score(checkpoint.meta) if checkpoint else math.inf
+        loss = self._scores[name]
         return loss if loss < math.inf else None
 
-    def _first_whole(self, names: Iterable[str]) -> Checkpoint | None:
+    def _first_undamaged(self, names: Iterable[str]) -> Checkpoint | None:
         return next((checkpoint for name in names if (checkpoint := self._read(name)) is not None), None)
 
     def _read(self, name: str) -> Checkpoint | None:
@@ -167,12 +167,12 @@ class Checkpoints:
         match = _NAME.fullmatch(name)
         assert match
         if hashlib.sha256(data).hexdigest()[:16] != match[2]:
-            self._note(f"{self._storage.uri}/{name} is torn (its checksum differs): it is not used")
+            self._note(f"{self._storage.uri}/{name} is damaged (its checksum differs): it is not used")
             return None
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return Checkpoint(safetensors.torch.load(data), json.loads(header["__metadata__"]["meta"]))
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors below a prefix, without it."""
+    """The tensors whose names begin with `prefix/`, under the rest of their names."""
     return {name.removeprefix(prefix + "/"): t for name, t in tensors.items() if name.startswith(prefix + "/")}

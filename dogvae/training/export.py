@@ -1,4 +1,4 @@
-"""The best checkpoint as a small folder that needs neither Ray nor the training code: the thing that people keep."""
+"""The export of a run: its best model in a small folder that can be loaded without Ray and the training code."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from dogvae.training.run_folder import CONFIG
 
 FOLDER = "export"
 ONNX = ("encoder.onnx", "decoder.onnx")
-DIRECTIONS = 32  # principal ones that are kept
+DIRECTIONS = 32  # principal directions that are kept
 
 
 def export(run: Storage, config: Config, folder: Storage | None = None) -> Storage:
-    """Write the best checkpoint and a prior that fits it to `folder`, by default `export/` of the run.
+    """Export the best checkpoint, and a prior fitted to it, to `folder`: by default `export/` of the run.
 
-    model.safetensors, prior.safetensors, README.md, preview.png, and config.json last. Raises UsageError if the run has
-    no finished epoch.
+    Writes model.safetensors, prior.safetensors, README.md, preview.png, and config.json last. Returns the folder.
+    Raises UsageError if the run has no finished epoch.
     """
     best = Checkpoints(run).best()
     if best is None or best.meta.get("val_loss") is None:
@@ -63,7 +63,7 @@ def export(run: Storage, config: Config, folder: Storage | None = None) -> Stora
     files["README.md"] = _card(about).encode()
     files[CONFIG] = (json.dumps(about, indent=2) + "\n").encode()
     folder = folder or run / FOLDER
-    for name in ONNX:  # made of other weights
+    for name in ONNX:  # these files of an earlier export hold other weights
         folder.delete(name)
     for name, content in files.items():
         folder.write(name, content)
@@ -71,17 +71,17 @@ def export(run: Storage, config: Config, folder: Storage | None = None) -> Stora
 
 
 def export_again(run: str) -> str:
-    """Export a run from its best checkpoint, whatever was there before. Returns where; UsageError if it is no run."""
+    """Export a run anew, over what was exported before. Returns where; UsageError if `run` is not a run."""
     storage = Storage(run)
     try:
         config = Config.from_json(storage.read(CONFIG).decode(errors="replace"), f"{run}/{CONFIG}")
     except OSError as error:
-        raise UsageError(f"{run} is no run: it has no {CONFIG}") from error
+        raise UsageError(f"{run} is not a run: it has no {CONFIG}") from error
     return export(storage, config).uri
 
 
 def is_export(path: str) -> bool:
-    """Whether this is the folder of an exported model rather than of a run."""
+    """Whether `path` is the folder of an exported model, not of a run."""
     try:
         about = json.loads(Storage(path).read(CONFIG))
     except (OSError, ValueError):
@@ -90,7 +90,7 @@ def is_export(path: str) -> bool:
 
 
 def _prior(model: VAE, data: Dataset) -> dict[str, Tensor]:
-    """What sampling draws from, and the principal directions, as float32 tensors by name."""
+    """Both priors and the principal directions of the latents, as float32 tensors by name."""
     with Progress("exporting") as line:
         mu, var = posteriors(
             model,
@@ -108,7 +108,7 @@ def _prior(model: VAE, data: Dataset) -> dict[str, Tensor]:
 
 
 def _preview(model: DogVAE, data: Dataset) -> bytes:
-    """Samples above a walk between two validation photos; the photos themselves stay where they are."""
+    """Samples above a walk between two validation photos. The photos, which may be private, are not shown."""
     ends = data.val.gather(np.array([0, min(7, len(data.val) - 1)])).permute(0, 2, 3, 1).numpy()
     pictures = np.concatenate([model.sample(32), model.walk(list(ends), steps=8)])
     return png(grid(pictures, columns=8))

@@ -1,19 +1,13 @@
-"""The loop over steps and epochs, on every rank: going on from a checkpoint, saving, stopping, and bad days.
+"""The training loop, which every rank runs: epochs and steps, resuming, saving, stopping, and what ends a run early.
 
-Knows torch.distributed, but nothing of Ray: what is outside is an `Observer`.
+It knows torch.distributed, but nothing of Ray: an `Observer` connects it to the outside.
 """
 
 from __future__ import annotations
 
-import math
-import shutil
 import socket
 import time
-import uuid
 import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -22,24 +16,23 @@ import torch.distributed as dist
 
 from dogvae import rng
 from dogvae.config import Config, Safety
-from dogvae.data.dataset import Batches, Dataset, epoch_order, rank_slice
-from dogvae.errors import OutOfMemory, RunFailed, UsageError
+from dogvae.data.dataset import Batches, epoch_order, rank_slice
+from dogvae.errors import OutOfMemory, RunFailed
 from dogvae.inference.elbo import baselines, evaluate
-from dogvae.network import likelihood as loss
+from dogvae.network import likelihood
 from dogvae.storage import Storage
 from dogvae.training import metrics, previews
-from dogvae.training.checkpoint import KEEP_LATEST, Checkpoint, Checkpoints
+from dogvae.training.checkpoint import Checkpoint, Checkpoints
 from dogvae.training.observer import Observer
-from dogvae.training.ranks import T, _agree, _everyones, _together
+from dogvae.training.preflight import check_same_run, check_storage, open_dataset
+from dogvae.training.ranks import all_gather, broadcast, on_all_ranks, rank_and_world_size
 from dogvae.training.schedule import beta_at, lr_at
 from dogvae.training.step import Trainer
 from dogvae.training.sums import described
 
-PICTURES = 10  # how often over a run pictures go to TensorBoard
-POLL_STEPS_CUDA = 8  # steps between two looks at what is wanted; each makes the host wait for the GPU
-PREEMPTION_INTERVAL_S = 1.0
-TOUCH_S = 0.5  # how often ranks that wait for each other's data say that they are there
-SILENT_S = 5.0  # until the user hears what is being waited for
+PICTURES = 10  # how often during a run pictures go to TensorBoard
+POLL_STEPS_CUDA = 8  # steps between two polls on a GPU: each poll makes the host wait for the GPU
+PREEMPTION_INTERVAL_S = 1.0  # between two questions whether a node is about to leave
 
 
 def loop(
@@ -47,9 +40,9 @@ def loop(
 ) -> bool:
     """Train from the latest checkpoint in `storage`, or from the start. Every rank calls it.
 
-    Returns whether the last epoch is done; False if the observer wanted to stop, and a checkpoint is saved. Raises
-    UsageError for what the user can mend, and RunFailed if it makes no sense to go on, the same on all ranks; but
-    OutOfMemory on one rank alone, while others may wait for it: its process must end, or they wait on.
+    Returns True after the last epoch, and False if the observer asked to stop, after saving a checkpoint. Raises
+    UsageError for a mistake of the user, and RunFailed if the run cannot continue: both on all ranks. OutOfMemory is
+    raised on one rank alone. Other ranks may be waiting for that rank, so its process must end.
     """
     try:
         return _Run(config, storage, device, observer, safety or Safety()).train()
@@ -63,39 +56,46 @@ def loop(
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device has no room for a tensor. CPUs have no error of their own for that."""
+    """Whether a device has no room for a tensor. On CPUs torch raises a plain RuntimeError for that."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 class _Run:
-    """A run on one rank: its state, and where in it training is (`meta`: epoch, step over all epochs, seconds)."""
+    """A run on one rank. Each checkpoint keeps `meta`: finished epochs, steps over all epochs, seconds, records, ..."""
 
     def __init__(
         self, config: Config, storage: Storage, device: torch.device, observer: Observer, safety: Safety
     ) -> None:
         self.config, self.observer, self.safety = config, observer, safety
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.dataset = self._open_data()
+        self.rank, self.world_size = rank_and_world_size()
+        self.dataset = open_dataset(config, observer.note)
         self.steps = -(-len(self.dataset.train) // config.batch_size)  # of an epoch
         self.trainer = Trainer(config, device)
-        _check_storage(storage, self.rank, self.world_size, 4 * self.trainer.nbytes)
+        check_storage(storage, self.trainer.nbytes)
         self.checkpoints = Checkpoints(storage, observer.note, safety.patience_s)
-        saved = _agree(_together(self._latest))
         self.meta: dict[str, Any] = {"epoch": 0, "step": 0, "seconds": 0.0, "baselines": None, "records": []}
+        saved = broadcast(on_all_ranks(self._latest))
         if saved is not None:
             self.trainer.load(saved.tensors)
-            self.meta = {**saved.meta, "val_loss": None}  # it is that checkpoint's, not that of those to come
+            self.meta = {**saved.meta, "val_loss": None}  # val_loss belongs to that checkpoint, not to later ones
             if self.rank == 0 and self.meta["epoch"] < config.epochs:
                 done = self.meta["step"] - self.meta["epoch"] * self.steps
                 workers = f"{self.world_size} worker{'s' if self.world_size > 1 else ''}"
                 observer.note(f"going on in epoch {self.meta['epoch'] + 1} after step {done}, with {workers}")
         if self.meta["baselines"] is None:
-            self.meta["baselines"] = _agree(
+            self.meta["baselines"] = broadcast(
                 baselines(config.model.likelihood, self.dataset) if self.rank == 0 else None
             )
         self.recorder = metrics.Recorder(storage, self.meta["records"], observer.note) if self.rank == 0 else None
         self.saved_at = self.asked_at = time.monotonic()
-        self.endangered = False
+        self.node_leaves = False  # then there is a checkpoint after every step
+
+    def _latest(self) -> Checkpoint | None:
+        """The latest checkpoint on rank 0, None on the others."""
+        saved = self.checkpoints.latest() if self.rank == 0 else None
+        if saved is not None:
+            check_same_run(saved.meta, self.config)
+        return saved
 
     def train(self) -> bool:
         """See `loop`."""
@@ -106,7 +106,9 @@ class _Run:
                     self.checkpoints.wait()
                     return False
                 if self.observer.wants_saved:
-                    self._settle()
+                    self.checkpoints.wait()
+                    if self.recorder:
+                        self.recorder.wait()
                 self.observer.epoch(record)
             self.checkpoints.wait()
             return True
@@ -114,88 +116,25 @@ class _Run:
             if self.recorder:
                 self.recorder.close()
 
-    def _settle(self) -> None:
-        """Wait until all that is known so far is on the storage."""
-        self.checkpoints.wait()
-        if self.recorder:
-            self.recorder.wait()
-
-    def _open_data(self) -> Dataset:
-        """The dataset, fetched to each node and compared with its checksums by the ranks that share a copy."""
-
-        def opened() -> Dataset:
-            return Dataset(self.config.data, self.config.fingerprint)
-
-        dataset = self._patiently(opened)
-        copies = _everyones(dataset.copy_key)
-        sharers = [rank for rank, copy in enumerate(copies) if copy == copies[self.rank]]
-        for path in self._patiently(lambda: dataset.verify(sharers.index(self.rank), len(sharers))):
-            self.observer.note(f"{path} on {socket.gethostname()} was damaged: it has been fetched again")
-        return _together(opened)  # another rank may have put a file in the place of one that was open
-
-    def _patiently(self, action: Callable[[], T]) -> T:
-        """As `_together`, for what may take one node longer than the others may wait for it: they stay in touch."""
-        began, told = time.monotonic(), False
-        with ThreadPoolExecutor(1) as beside:
-            doing = beside.submit(action)
-            while busy := sorted({host for host in _everyones("" if doing.done() else socket.gethostname()) if host}):
-                if self.rank == 0 and not told and time.monotonic() - began > SILENT_S:
-                    told = True
-                    self.observer.note(f"waiting for the dataset on {', '.join(busy)}")
-                wait([doing], TOUCH_S)
-        return _together(doing.result)
-
-    def _latest(self) -> Checkpoint | None:
-        saved = self.checkpoints.latest() if self.rank == 0 else None
-        if saved is not None:
-            if saved.meta.get("streams", 1) != rng.VERSION:
-                raise UsageError(
-                    "--resume: the checkpoint is of a dogvae that drew other random numbers, so this one cannot go on "
-                    "from it bit for bit; go on with that version, or start a new run"
-                )
-            was, now = Config.make_nested(saved.meta["config"]).flat(), self.config.flat()
-            differs = [f"{name} {was[name]}, not {now[name]}" for name in now if was[name] != now[name]]
-            differs = [text for text in differs if text.split()[0] not in ("epochs", "data")]
-            if differs:
-                raise UsageError(f"--resume: the checkpoint is of another run: it has {'; '.join(differs)}")
-        return saved
-
     def _epoch(self) -> dict[str, Any] | None:
-        """The rest of an epoch, its validation and its checkpoint; returns its record, or None to stop within it."""
+        """Train, validate and save the rest of the current epoch. Returns its record, or None if it was stopped."""
         trainer, config, epoch = self.trainer, self.config, self.meta["epoch"]
+        seconds, began = self.meta["seconds"], time.perf_counter()
         n, first = len(self.dataset.train), self.meta["step"] - epoch * self.steps
-        order = epoch_order(n, config.seed, epoch)
-
-        def batch(step: int) -> np.ndarray:
-            return order[step * config.batch_size : (step + 1) * config.batch_size]
-
-        # Cut as they are needed: of ten million images all batches of an epoch are many more bytes than their order.
-        mine = (b[rank_slice(len(b), self.rank, self.world_size)] for b in map(batch, range(first, self.steps)))
-        seconds, began, waited = self.meta["seconds"], time.perf_counter(), 0.0
-        feed = Batches(self.dataset.train, trainer.device)(mine)
-        trainer.net.train()
-        for step in range(first, self.steps):
-            asked = time.perf_counter()
-            images = next(feed)
-            waited += time.perf_counter() - asked
-            trainer.step(images, len(batch(step)), epoch, step, self.steps)
-            self.meta = {**self.meta, "step": epoch * self.steps + step + 1}
-            self.meta["seconds"] = seconds + time.perf_counter() - began
-            if self.rank == 0:
-                self.observer.progress(epoch, step + 1, self.steps)
-            if self._poll():
-                return None
+        waited = self._train_steps(first)
+        if waited is None:
+            return None
         trained = time.perf_counter() - began
         sums = trainer.sums.over_ranks()
         val = evaluate(trainer.evaluated_model, self.dataset.val, trainer.device, self.rank, self.world_size)
-        self._check_drift()
+        self._check_same_weights()
         last = epoch + (self.steps - 1) / self.steps
         record = {
             "epoch": epoch,
             "step": (epoch + 1) * self.steps,
             **described(sums, self.steps),
             **{f"val_{name}": value for name, value in val.items()},
-            "val_explained": loss.explained(val["loss"], *self.meta["baselines"]),
+            "val_explained": likelihood.explained(val["loss"], *self.meta["baselines"]),
             "val_loss_per_pixel": val["loss"] / (3 * config.model.image_size**2),
             "lr": lr_at(config, last),
             "beta": beta_at(config, last),
@@ -206,19 +145,48 @@ class _Run:
         }
         trainer.sums.clear()
         self.meta |= {"epoch": epoch + 1, "seconds": record["seconds"], "val_loss": val["loss"]}
-        self.meta["records"] = [*self.meta["records"], metrics.plain(record)]
+        self.meta["records"] = [*self.meta["records"], metrics.json_ready(record)]
         if self.recorder:
             shown = epoch % max(1, config.epochs // PICTURES) == 0 or epoch == config.epochs - 1
             self.recorder.record(record, self._pictures() if shown else {})
         self._save()
-        self.meta |= {"val_loss": None}  # it is this checkpoint's, not that of those within the next epoch
+        self.meta |= {"val_loss": None}  # checkpoints within the next epoch have none
         return record
 
+    def _train_steps(self, first: int) -> float | None:
+        """The steps of the current epoch from number `first` on.
+
+        Returns the seconds spent waiting for data, or None if the observer asked to stop.
+        """
+        trainer, config, epoch = self.trainer, self.config, self.meta["epoch"]
+        order = epoch_order(len(self.dataset.train), config.seed, epoch)
+
+        def batch(step: int) -> np.ndarray:
+            return order[step * config.batch_size : (step + 1) * config.batch_size]
+
+        # Sliced lazily: for ten million images all slices of an epoch would take far more memory than their order.
+        mine = (b[rank_slice(len(b), self.rank, self.world_size)] for b in map(batch, range(first, self.steps)))
+        seconds, began, waited = self.meta["seconds"], time.perf_counter(), 0.0
+        batches = Batches(self.dataset.train, trainer.device)(mine)
+        trainer.net.train()
+        for step in range(first, self.steps):
+            asked = time.perf_counter()
+            images = next(batches)
+            waited += time.perf_counter() - asked
+            trainer.step(images, len(batch(step)), epoch, step, self.steps)
+            self.meta = {**self.meta, "step": epoch * self.steps + step + 1}
+            self.meta["seconds"] = seconds + time.perf_counter() - began
+            if self.rank == 0:
+                self.observer.progress(epoch, step + 1, self.steps)
+            if self._poll():
+                return None
+        return waited
+
     def _poll(self) -> bool:
-        """Between two steps: save if it is time, look for bad numbers and leaving nodes; returns whether to stop."""
+        """Between two steps: save if it is time, check numbers and nodes. Returns whether to stop."""
         step = self.meta["step"]
         scheduled = bool(self.safety.checkpoint_steps) and step % self.safety.checkpoint_steps == 0
-        if self.trainer.device.type == "cuda" and not self.endangered and not scheduled and step % POLL_STEPS_CUDA:
+        if self.trainer.device.type == "cuda" and not self.node_leaves and not scheduled and step % POLL_STEPS_CUDA:
             return False
         now = time.monotonic()
         due = self.rank == 0 and not self.safety.checkpoint_steps and now - self.saved_at >= self.safety.checkpoint_s
@@ -227,19 +195,19 @@ class _Run:
         if self.world_size > 1:
             dist.all_reduce(wishes, dist.ReduceOp.MAX)
         stop, due, ask = map(bool, wishes.tolist())
-        self._check_numbers()
+        self._check_skipped()
         if ask:
             self.asked_at = now
-            if self.observer.preempted() and not self.endangered:
-                self.endangered = True
+            if self.observer.preempted() and not self.node_leaves:
+                self.node_leaves = True
                 if self.rank == 0:
                     self.observer.note("a node is about to go: saving a checkpoint after every step")
-        if stop or due or scheduled or self.endangered:
+        if stop or due or scheduled or self.node_leaves:
             self._save()
         return stop
 
     def _save(self) -> None:
-        """Save the state as it is; every rank must call it."""
+        """Save the current state. Every rank must call it."""
         sums = self.trainer.sums.over_ranks()
 
         def save() -> None:
@@ -252,9 +220,10 @@ class _Run:
                 }
                 self.checkpoints.save({**self.trainer.state(), "sums": sums}, {**self.meta, **about})
 
-        _together(save)
+        on_all_ranks(save)
 
-    def _check_numbers(self) -> None:
+    def _check_skipped(self) -> None:
+        """RunFailed if too many steps in a row were skipped."""
         if int(self.trainer.streak) >= self.safety.max_skipped:
             epoch, step = self.meta["epoch"], self.meta["step"]
             good = self.checkpoints.last_step
@@ -264,14 +233,14 @@ class _Run:
                 f"step {good}. Try a lower --lr, or --grad-clip"
             )
 
-    def _check_drift(self) -> None:
-        """Every rank has the same weights, or something is broken that no checkpoint should keep."""
+    def _check_same_weights(self) -> None:
+        """RunFailed if ranks hold different weights, before a checkpoint keeps them."""
         if self.world_size == 1:
             return
         digest = 0
         for p in self.trainer.parameters.values():
             digest = zlib.crc32(p.detach().cpu().contiguous().numpy().data, digest)
-        if len(set(_everyones(digest))) > 1:
+        if len(set(all_gather(digest))) > 1:
             raise RunFailed(f"epoch {self.meta['epoch'] + 1}: the workers' weights have drifted apart")
 
     @torch.inference_mode()
@@ -279,39 +248,6 @@ class _Run:
         photos = self.dataset.val.gather(np.arange(min(8, len(self.dataset.val))))
         model = self.trainer.evaluated_model.eval()
         try:
-            return previews.standard(model, photos, self.trainer.device)
+            return previews.preview_sheets(model, photos, self.trainer.device)
         finally:
             model.train()
-
-
-def _check_storage(storage: Storage, rank: int, world_size: int, need: int) -> None:
-    """UsageError on all ranks if one cannot write to the storage or does not see what the others write there."""
-    token = _agree(uuid.uuid4().hex if rank == 0 else None)
-    host = socket.gethostname()
-
-    def write() -> None:
-        try:
-            storage.write(f".probe-{token}-{rank}", host.encode())
-            free = shutil.disk_usage(storage.local).free if storage.local else math.inf
-        except OSError as error:
-            raise UsageError(f"--runs: {storage.uri} cannot be written to from {host}: {error}") from error
-        if free < need * (KEEP_LATEST + 2):
-            mb = need * (KEEP_LATEST + 2) / 2**20
-            raise UsageError(f"--runs: {storage.uri} has {free / 2**20:.0f} MB free, the checkpoints need {mb:.0f} MB")
-
-    def read() -> None:
-        try:
-            for other in range(world_size):
-                storage.read(f".probe-{token}-{other}")
-        except OSError as error:
-            raise UsageError(
-                f"--runs: {host} does not see in {storage.uri} what another worker wrote there: it must be storage "
-                "that all nodes share"
-            ) from error
-
-    try:
-        _together(write)
-        _together(read)
-    finally:
-        with suppress(OSError):  # what made the check fail may make this fail; that error is the one to tell
-            storage.delete(f".probe-{token}-{rank}")

@@ -1,4 +1,4 @@
-"""What a run leaves to be read: metrics.jsonl, a line an epoch, and TensorBoard events. Only rank 0 writes them."""
+"""The metrics of a run: metrics.jsonl, with a line for each epoch, and TensorBoard events. Only rank 0 writes them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dogvae.console import warn
 from dogvae.storage import Storage
 
 FILE = "metrics.jsonl"
-CLOSE_S = 30.0  # how long the end of a run waits for its last lines
+CLOSE_S = 30.0  # how long a run waits at its end for the last write
 
 
 def read(storage: Storage) -> list[dict[str, Any]]:
-    """The epochs of a run so far, oldest first; none if it has not finished one."""
+    """The records of the finished epochs of a run, oldest first."""
     try:
         lines = storage.read(FILE).decode().splitlines()
     except FileNotFoundError:
@@ -31,56 +31,56 @@ def read(storage: Storage) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def finite(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_finite_loss(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records whose validation loss is a finite number."""
     return [r for r in records if r["val_loss"] is not None and math.isfinite(r["val_loss"])]
 
 
 def best(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The record of the epoch with the least validation loss."""
-    return min(finite(records), key=lambda r: r["val_loss"], default=None)
+    """The record with the least validation loss, or None."""
+    return min(with_finite_loss(records), key=lambda r: r["val_loss"], default=None)
 
 
 def describe(record: dict[str, Any]) -> str:
-    """An epoch's validation in words."""
+    """The validation of an epoch in words, for the console."""
     loss, reconstruction, kl, explained = (record[f"val_{k}"] for k in ("loss", "reconstruction", "kl", "explained"))
     return f"loss {loss:.0f} = reconstruction {reconstruction:.0f} + KL {kl:.0f}, explained {explained:.3f}"
 
 
-def plain(record: dict[str, Any]) -> dict[str, Any]:
-    """A record as a line of the file has it: None for what is no finite number."""
+def json_ready(record: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a record with None for NaN and infinity, which JSON does not have."""
     return {k: v if math.isfinite(v) else None for k, v in record.items()}
 
 
 class Recorder:
-    """Writes the record of each epoch after `records`, those of the epochs before; what a file says beyond is dropped.
+    """Writes a record for each epoch, after the given `records` of earlier epochs. Later lines in the file are dropped.
 
-    In the background, so that storage which fails or hangs does not hold up training: it is noted, and the next epoch
-    writes all lines again.
+    Writing happens in the background, so that slow or failing storage does not delay training. A failure is noted, and
+    the next epoch writes all lines again.
     """
 
     def __init__(self, storage: Storage, records: Sequence[dict[str, Any]], note: Callable[[str], None] = warn) -> None:
-        # Not SummaryWriter: its thread writes when it likes, and what a kill leaves then lacks the last epochs.
+        # Not SummaryWriter: its thread decides when to write, so a kill could lose the last epochs.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
         self._storage, self._note = storage, note
         self._records = list(records)
         self._thread = ThreadPoolExecutor(1)
-        self._behind = False  # the file lacks lines
-        # TensorBoard needs a local folder; for an object store it is a copy that is uploaded epoch by epoch.
+        self._behind = False  # whether the file lacks lines
+        # TensorBoard needs a local folder. For an object store, its files are uploaded after each epoch.
         self._folder = storage.local or Path(tempfile.mkdtemp(prefix="dogvae-events-"))
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._board = EventsWriter(str(self._folder / "events"), f".{uuid.uuid4().hex[:8]}")
-        # Tells TensorBoard to forget what earlier files say of these epochs.
+        self._events = EventsWriter(str(self._folder / "events"), f".{uuid.uuid4().hex[:8]}")
+        # This event makes TensorBoard drop what earlier files say about these epochs.
         first = min(len(self._records), len(read(storage)))
         self._event(first, session_log=SessionLog(status=SessionLog.START))
-        for known in self._records[first:]:  # a kill came between their checkpoint and them
+        for known in self._records[first:]:  # a kill came after their checkpoint and before their line
             self._thread.submit(self._write, self._records[:], known, {})
 
     def record(self, record: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
-        """Append an epoch: `record["epoch"]` and its numbers, and pictures (3, H, W) uint8 by name."""
-        self._records.append(plain(record))
+        """Append an epoch: its record, and pictures (3, H, W) uint8 by name."""
+        self._records.append(json_ready(record))
         self._thread.submit(self._write, list(self._records), record, pictures)
 
     def _write(self, records: list[dict[str, Any]], record: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
@@ -96,14 +96,14 @@ class Recorder:
             for name, picture in pictures.items():
                 self._event(epoch, summary=summary.image(name, picture))
             self._write_lines(records)
-            self._board.flush()
+            self._events.flush()
             self._upload()
         except OSError as error:
             self._behind = True
             self._note(f"the metrics of epoch {epoch + 1} could not be written ({error}): trying again later")
 
     def wait(self) -> None:
-        """Until what was recorded is written, or was tried."""
+        """Wait until all recorded epochs have been written, or the attempt has failed."""
         self._thread.submit(int).result()
 
     def _write_lines(self, records: list[dict[str, Any]]) -> None:
@@ -115,12 +115,13 @@ class Recorder:
             try:
                 self._write_lines(self._records)
             except OSError as error:
-                self._note(f"the last lines of {FILE} are missing ({error}): a run that goes on writes them")
+                self._note(f"the last lines of {FILE} are missing ({error}): a resumed run writes them")
 
     def close(self) -> None:
-        """Write what is still to be written; of an object store the local copy goes.
+        """Write what is left to write, and delete the local folder of an object store.
 
-        Does not wait for ever for storage that hangs: the checkpoint knows what is missing then.
+        Storage that hangs is given up after CLOSE_S seconds: the checkpoint holds all records, so a resumed run can
+        write the missing lines.
         """
         try:
             self._thread.submit(self._catch_up).result(CLOSE_S)
@@ -130,7 +131,7 @@ class Recorder:
             return
         self._thread.shutdown()
         try:
-            self._board.close()
+            self._events.close()
             self._upload()
         except OSError as error:
             self._note(f"TensorBoard's file could not be finished ({error})")
@@ -140,7 +141,7 @@ class Recorder:
     def _event(self, epoch: int, **what: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        self._board.write_event(Event(wall_time=time.time(), step=epoch, **what))
+        self._events.write_event(Event(wall_time=time.time(), step=epoch, **what))
 
     def _upload(self) -> None:
         if self._storage.local is None:

@@ -1,4 +1,4 @@
-"""What the loop tells the outside, and what it asks."""
+"""The connection between the training loop and the outside."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from typing import Any
 
 
 class Observer:
-    """What the loop tells the outside, and asks it; the base class is deaf and never stops."""
+    """Callbacks of the loop. This base class ignores all events and never asks to stop."""
 
     wants_saved = False
-    """Whether an epoch is to be on the storage before it is told: who hears of it may end the process."""
+    """Whether to write checkpoint and metrics of an epoch before `epoch` is called, which may end the process."""
 
     def progress(self, epoch: int, step: int, steps: int) -> None:
-        """Rank 0, after each step: `step` of `steps` of this epoch are done."""
+        """Called on rank 0 after each step: `step` of `steps` steps of this epoch (from 0) are done."""
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """Every rank, after each epoch: its record, the same on all ranks."""
+        """Called on every rank after each epoch, with the same record on all ranks."""
 
     def note(self, line: str) -> None:
-        """Any rank: something that went wrong, or well again, without stopping the run."""
+        """Called on any rank with a line for the user: a problem that does not end the run, or its end."""
 
     def stopping(self) -> bool:
-        """Any rank, before each step: whether to save and stop. Must be cheap."""
+        """Called on every rank between steps; must be cheap. If true on any rank, the loop saves and stops."""
         return False
 
     def preempted(self) -> bool:
-        """All ranks together, now and then: whether a node is about to go."""
+        """Called on all ranks together, about once a second: whether a node is about to leave the cluster."""
         return False

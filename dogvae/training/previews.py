@@ -1,4 +1,4 @@
-"""The pictures of a run that TensorBoard shows."""
+"""The pictures that TensorBoard shows of a run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dogvae.pictures import grid, to_uint8
 from dogvae.rng import Stream
 
 
-def standard(model: VAE, photos_u8: Tensor, device: torch.device) -> dict[str, np.ndarray]:
-    """The three pictures of a run: photos over their reconstructions, samples from N(0, I), a walk between two dogs.
+def preview_sheets(model: VAE, photos_u8: Tensor, device: torch.device) -> dict[str, np.ndarray]:
+    """Three pictures, each (3, H, W) uint8: photos above their reconstructions, samples from N(0, I), and a walk.
 
-    `photos_u8` is (n, 3, h, h) with n >= 1; each picture is (3, H, W) uint8, as TensorBoard takes them.
+    `photos_u8` is (n, 3, h, h) with n >= 1. The walk goes from the first photo to the last one.
     """
     x = photos_u8.to(device).float() / 255
     mu, _ = model.encoder(x)

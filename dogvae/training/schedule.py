@@ -1,4 +1,4 @@
-"""Learning rate and weight of the KL term at any moment of training; pure functions."""
+"""Learning rate and weight of the KL term over training; pure functions of the epoch, which may be fractional."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dogvae.config import Config
 
 
 def lr_at(config: Config, epoch: float) -> float:
-    """Learning rate at a moment of training, in epochs: linear warm-up, then constant or half a cosine down to 1%."""
+    """Learning rate after that many epochs: linear warm-up, then constant or half a cosine down to 1% of the peak."""
     if epoch < config.lr_warmup:
         return config.lr * (epoch + 0.01) / (config.lr_warmup + 0.01)
     if config.schedule == "constant":
@@ -18,5 +18,5 @@ def lr_at(config: Config, epoch: float) -> float:
 
 
 def beta_at(config: Config, epoch: float) -> float:
-    """Weight of the KL term at a moment of training, in epochs: linear from 0 over the warm-up."""
+    """Weight of the KL term after that many epochs: it grows linearly from 0 during the warm-up."""
     return config.beta * min(1.0, epoch / config.kl_warmup) if config.kl_warmup else config.beta

@@ -1,4 +1,4 @@
-"""The doctor: on a healthy machine, on one with something wrong, and what it makes of a node's answers."""
+"""The doctor: what a node reports, and what the doctor makes of the report of a healthy node and of others."""
 
 from __future__ import annotations
 
@@ -8,36 +8,19 @@ from typing import Any
 
 import pytest
 
-from dogvae.commands.doctor import Finding, _judge, _look, _read, _versions, show
+from dogvae.commands.doctor import Finding, _inspect, _judge, _read, _versions, show
 from dogvae.data.dataset import Dataset
 from tests.support.runs import make_dataset
 
-NODE = {"Resources": {"CPU": 4.0, "GPU": 1.0}}
 
-
-def answer(**changes: Any) -> dict[str, Any]:
-    """Of a node that has all that it should."""
-    well = {"versions": _versions(), "gpus": 1, "clock": 100.5, "disk": 50 << 30, "shm": 8 << 30}
-    return {
-        **well,
-        "storage": "",
-        "probe": ".probe",
-        "data": "",
-        "images": 120,
-        "fingerprint": "0123456789",
-        "copy": "",
-        **changes,
-    }
-
-
-def judged(**changes: Any) -> dict[str, Finding]:
-    findings = _judge(NODE, "10.0.0.1", answer(**changes), _versions(), 100.0, 101.0, "runs", "dataset")
-    return {f.check: f for f in findings}
-
-
-def test_all_is_well() -> None:
-    assert {name for name, f in judged().items() if not f.ok} == set()
-    assert judged()["dataset"].found == "120 images, fingerprint 01234567"
+def findings(began: float = 100.0, ended: float = 101.0, **changes: Any) -> dict[str, Finding]:
+    """The findings about a node that has everything it should have, but for these changes."""
+    answer = {
+        "versions": _versions(), "gpus": 1, "clock": 100.5, "disk": 50 << 30, "shm": 8 << 30, "storage": "",
+        "probe": ".probe", "data": "", "images": 120, "fingerprint": "0123456789", "copy": "", **changes,
+    }  # fmt: skip
+    node = {"Resources": {"CPU": 4.0, "GPU": 1.0}}
+    return {f.check: f for f in _judge(node, "10.0.0.1", answer, _versions(), began, ended, "runs", "dataset")}
 
 
 @pytest.mark.parametrize(
@@ -53,33 +36,32 @@ def test_all_is_well() -> None:
         ("dataset", {"data": "there is no dataset"}, "there is no dataset"),
     ],
 )
-def test_one_thing_is_wrong(check: str, changes: dict[str, Any], found: str) -> None:
-    """It alone is told, with what was found and what to do."""
-    wrong = {name: f for name, f in judged(**changes).items() if not f.ok}
+def test_one_fault_is_found_with_its_remedy(check: str, changes: dict[str, Any], found: str) -> None:
+    wrong = {name: f for name, f in findings(**changes).items() if not f.ok}
     assert list(wrong) == [check]
     assert re.search(found, wrong[check].found)
     assert wrong[check].remedy
 
 
-def test_a_clock_is_compared_with_the_time_that_asking_took() -> None:
-    """An answer that came late says nothing against a clock."""
-    findings = _judge(NODE, "n", answer(clock=140.0), _versions(), 100.0, 160.0, "runs", None)
-    assert all(f.ok for f in findings)
-    assert "dataset" not in {f.check for f in findings}
+def test_healthy_node_has_no_fault() -> None:
+    """Also if its answer comes late, which does not mean that its clock is off."""
+    for found in (findings(), findings(clock=140.0, ended=160.0)):
+        assert all(f.ok for f in found.values())
+        assert found["versions"].found == "same as here"
+        assert found["dataset"].found == "120 images, fingerprint 01234567"
 
 
-def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_a_line_for_each_finding(capsys: pytest.CaptureFixture[str]) -> None:
     assert not show([Finding("disk", "a", True, "fine", "x"), Finding("clock", "bb", False, "9 s off", "turn on NTP")])
     assert capsys.readouterr().out == "✓ disk   a   fine\n✗ clock  bb  9 s off: turn on NTP\n"
 
 
-def test_what_a_node_answers(tmp_path: Path) -> None:
-    """Of the dataset and of the storage; the probe stays until all have looked for it."""
+def test_node_reports_its_dataset_and_leaves_a_file_in_the_storage(tmp_path: Path) -> None:
     make_dataset(tmp_path / "dataset")
-    found = _look(str(tmp_path / "runs"), str(tmp_path / "dataset"), "token", 3)
+    found = _inspect(str(tmp_path / "runs"), str(tmp_path / "dataset"), "token", 3)
     assert (found["images"], found["data"], found["storage"]) == (120, "", "")
     assert found["fingerprint"] == Dataset(tmp_path / "dataset").fingerprint
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [found["probe"]]
     assert _read(str(tmp_path / "runs"), [found["probe"], "another"], 0) == 1
-    (tmp_path / "file").write_text("no folder")
-    assert str(tmp_path / "file") in _look(str(tmp_path / "file"), None, "token", 0)["storage"]
+    (tmp_path / "file").write_text("not a folder")
+    assert str(tmp_path / "file") in _inspect(str(tmp_path / "file"), None, "token", 0)["storage"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dogvae.commands.doctor import Finding, _judge, _look, _versions
+from dogvae.commands.doctor import Finding, _judge, _inspect, _versions
 from dogvae.config import Config
 from dogvae.data import writer
 from dogvae.data.dataset import Dataset
@@ -23,9 +23,9 @@ from dogvae.data.find import DataChoice
 from dogvae.storage import Storage
 from dogvae.training import loop as training
 from dogvae.training import run_folder as runs
-from tests.conftest import start_ranks
 from tests.support.command import TRAIN, Command
 from tests.support.datasets import fetched, flip_bit, put, shards
+from tests.support.ranks import start_ranks
 from tests.support.runs import StopAt, differing, final, job, make_dataset, records, train
 from tests.support.s3 import Server
 
@@ -151,7 +151,7 @@ def test_doctor_reports_the_copy_and_fetches_nothing(
 
     def look(data: str) -> Finding:
         node = {"Resources": {"CPU": 4.0}}
-        answer = _look(str(tmp_path / "runs"), data, "token", 0)
+        answer = _inspect(str(tmp_path / "runs"), data, "token", 0)
         findings = _judge(node, "10.0.0.1", answer, _versions(), time.time(), time.time(), "runs", data)
         return next(f for f in findings if f.check == "dataset")
 

@@ -1,4 +1,4 @@
-"""The job that all fault tests run, and where it ends when nothing befalls it."""
+"""The run that all fault tests interrupt, and its result without an interruption."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import EPOCHS, job, make_dataset, train
+from tests.support.runs import EPOCHS, VARIANTS, job, make_dataset, train
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The job on two ranks for `EPOCHS`, without Ray and uninterrupted."""
+    """An uninterrupted run of `EPOCHS` epochs on two ranks, without Ray."""
     out = tmp_path_factory.mktemp("whole") / "run"
     train(job(dataset, epochs=EPOCHS), out, 2)
+    return out
+
+
+@pytest.fixture(scope="session")
+def alone(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Uninterrupted runs of the `VARIANTS` on one rank, four epochs each."""
+    out = {norm: tmp_path_factory.mktemp("alone") / norm for norm in ("batch", "group")}
+    for norm, path in out.items():
+        train(job(dataset, **VARIANTS[norm]), path)
     return out

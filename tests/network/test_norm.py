@@ -1,4 +1,4 @@
-"""Batch normalisation over ranks: 2 and 3 processes with uneven and empty slices against one on the whole batch."""
+"""Batch normalisation over 2 and 3 ranks, with uneven and empty slices, against torch's on the whole batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dogvae.network.norm import SyncBatchNorm, _Normalize
-from tests.conftest import start_ranks
+from tests.support.ranks import start_ranks
 
 CHANNELS = 4
 STEPS = 3  # so that running statistics are updated more than once
@@ -22,7 +22,7 @@ CASES = [(world, slices) for world, every in SLICES.items() for slices in every]
 
 
 def problem(n: int, step: int) -> tuple[Tensor, Tensor]:
-    """The whole batch, far from mean 0 and variance 1, and a gradient of its outputs that is nowhere constant."""
+    """A whole batch whose channels have other means and variances than 0 and 1, and a gradient of its outputs."""
     generator = torch.Generator().manual_seed(100 * n + step)
     scale = torch.tensor([0.1, 1.0, 5.0, 30.0]).view(1, CHANNELS, 1, 1)
     shift = torch.tensor([0.0, -2.0, 10.0, 100.0]).view(1, CHANNELS, 1, 1)
@@ -31,7 +31,7 @@ def problem(n: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def trained(norm: nn.BatchNorm2d, n: int, part: slice) -> dict[str, Tensor]:
-    """A few steps on a part of each batch: the outputs and gradients of the last one, and all statistics."""
+    """A few steps on a part of each batch: outputs and gradients of the last one, and all statistics."""
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, -0.5, 2.0, 0.3]))
         norm.bias.copy_(torch.tensor([0.0, 1.0, -1.0, 0.5]))
@@ -41,20 +41,13 @@ def trained(norm: nn.BatchNorm2d, n: int, part: slice) -> dict[str, Tensor]:
         mine = x[part].clone().requires_grad_()
         y = norm(mine)
         y.backward(gradient[part])
-    assert mine.grad is not None
-    assert norm.weight.grad is not None
-    assert norm.bias.grad is not None
-    return {
-        "y": y.detach(),
-        "x_grad": mine.grad,
-        "weight_grad": norm.weight.grad,
-        "bias_grad": norm.bias.grad,
-        **{name: value.clone() for name, value in norm.named_buffers()},
-    }
+    gradients = {"x_grad": mine.grad, "weight_grad": norm.weight.grad, "bias_grad": norm.bias.grad}
+    assert None not in gradients.values()
+    return {"y": y.detach(), **gradients, **{name: t.clone() for name, t in norm.named_buffers()}}  # type: ignore[dict-item]
 
 
 def work(rank: int, folder: str) -> None:
-    """A process that is this rank of every world it belongs to, and saves what it found in each case."""
+    """The process of one rank in groups of each size, which saves its results of all cases."""
     torch.set_num_threads(1)
     for world, every in SLICES.items():
         if rank >= world:
@@ -75,7 +68,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[Any, Any]]]:
-    """By world size, what each rank found. One set of processes for all cases: starting them is what takes long."""
+    """The results of each rank, by world size. One set of processes runs all cases, as starting them takes long."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     start_ranks(work, 3, str(folder))
     return {world: [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)] for world in SLICES}
@@ -88,11 +81,9 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("world", "slices"), CASES)
-def test_ranks_together_are_one_batch_norm(
-    results: dict[int, list[dict[Any, Any]]], world: int, slices: tuple[int, ...]
-) -> None:
+def test_all_ranks_together_equal_one_batch_norm(results: Any, world: int, slices: tuple[int, ...]) -> None:
     ranks = [every[slices] for every in results[world]]
-    whole = nn.BatchNorm2d(CHANNELS, momentum=0.3).double()  # the truth, free of its own rounding
+    whole = nn.BatchNorm2d(CHANNELS, momentum=0.3).double()  # free of rounding errors of its own
     expected = trained(whole, sum(slices), slice(None))
     for name in ("y", "x_grad"):
         close(torch.cat([rank[name] for rank in ranks]), expected[name])
@@ -102,42 +93,29 @@ def test_ranks_together_are_one_batch_norm(
     for rank in ranks:
         for name in ("running_mean", "running_var"):
             torch.testing.assert_close(rank[name].double(), expected[name], rtol=1e-5, atol=1e-7)
+            assert torch.equal(rank[name], ranks[0][name])  # rank 0 saves them for all
         assert rank["num_batches_tracked"] == STEPS
     close(torch.cat([rank["eval"] for rank in ranks]), whole.eval()(problem(sum(slices), 9)[0].double()).detach())
 
 
 @pytest.mark.parametrize(("world", "slices"), CASES)
-def test_ranks_hold_the_same_statistics(
-    results: dict[int, list[dict[Any, Any]]], world: int, slices: tuple[int, ...]
-) -> None:
-    """Bit for bit: they are saved by rank 0 alone and used by all."""
-    first, *others = (every[slices] for every in results[world])
-    for rank in others:
-        assert torch.equal(rank["running_mean"], first["running_mean"])
-        assert torch.equal(rank["running_var"], first["running_var"])
-
-
-@pytest.mark.parametrize(("world", "slices"), CASES)
-def test_keeps_the_type_of_its_input(
-    results: dict[int, list[dict[Any, Any]]], world: int, slices: tuple[int, ...]
-) -> None:
+def test_bfloat16_stays_bfloat16(results: Any, world: int, slices: tuple[int, ...]) -> None:
     got = torch.cat([every[slices]["half"] for every in results[world]])
     assert got.dtype == torch.bfloat16
     x = problem(sum(slices), 0)[0].bfloat16().double()
     assert (got.double() - nn.BatchNorm2d(CHANNELS).double()(x)).abs().max() < 0.02
 
 
-def test_alone_it_is_torchs() -> None:
-    ours = trained(SyncBatchNorm(CHANNELS), 6, slice(0, 6))
-    theirs = trained(nn.BatchNorm2d(CHANNELS), 6, slice(0, 6))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def test_one_rank_equals_torch_bit_for_bit() -> None:
+    got, expected = (trained(kind(CHANNELS), 6, slice(0, 6)) for kind in (SyncBatchNorm, nn.BatchNorm2d))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def cuda_backward(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[None, Tensor, Tensor]:
     """`native_batch_norm_backward` as CUDA's kernel computes it: from the inverse standard deviation that it is given.
 
-    aten/src/ATen/native/cuda/Normalization.cu, batch_norm_backward_cuda: only where that is empty does the kernel
-    compute it from the running variance, as the CPU's always does.
+    aten/src/ATen/native/cuda/Normalization.cu, batch_norm_backward_cuda: the kernel computes it from the running
+    variance only if none is given, while the CPU's kernel always does.
     """
     _running_mean, _running_var, mean, invstd, _train, _eps, _mask = rest
     centred = x - mean[:, None, None]
@@ -145,14 +123,14 @@ def cuda_backward(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[No
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
-def test_gradients_by_cudas_kernel(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_with_cudas_kernel_equal_those_of_torch(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         monkeypatch.setattr(torch.ops.aten, "native_batch_norm_backward", cuda_backward)
         generator = torch.Generator().manual_seed(0)
         x = scale * torch.randn(8, 16, 9, 9, generator=generator) + 1
         weight, bias = torch.rand(2, 16, generator=generator)
-        # Correlated with x, as real gradients are: otherwise the part that was wrong is too small to see.
+        # Correlated with x, as real gradients are. Otherwise an error in that term would be too small to see.
         gradient = torch.randn(x.shape, generator=generator) + (x - 1) / scale
 
         def gradients(norm: Any) -> list[Tensor]:
@@ -160,9 +138,9 @@ def test_gradients_by_cudas_kernel(scale: float, monkeypatch: pytest.MonkeyPatch
             norm(*leaves).backward(gradient.double())
             return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-        ours = gradients(lambda *leaves: _Normalize.apply(*leaves, 1, 1e-5)[0])
-        theirs = gradients(lambda *leaves: F.batch_norm(leaves[0], None, None, *leaves[1:], training=True, eps=1e-5))
-        for got, expected in zip(ours, theirs, strict=True):
-            assert (got - expected).norm() < 1e-5 * expected.norm()
+        got = gradients(lambda *leaves: _Normalize.apply(*leaves, 1, 1e-5)[0])
+        expected = gradients(lambda *leaves: F.batch_norm(leaves[0], None, None, *leaves[1:], training=True, eps=1e-5))
+        for a, b in zip(got, expected, strict=True):
+            assert (a - b).norm() < 1e-5 * b.norm()
     finally:
         dist.destroy_process_group()

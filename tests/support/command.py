@@ -1,4 +1,4 @@
-"""A command in a session of its own, as a terminal would start it: its lines as they come, and its processes."""
+"""A command in a session of its own, as a terminal would start it: its output while it runs, and its processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRAIN = str(ROOT / "train_distributed.py")
 
 
 class Command:
-    """`python ...`, never on somebody else's cluster unless `address` says so; `inside` is put before it."""
+    """`INSIDE python ARGS` on the Ray cluster at `address`: by default a new one."""
 
     def __init__(
         self,
@@ -30,9 +30,9 @@ class Command:
         self.log = (where / f"log-{time.monotonic_ns()}").open("w+")
         env = os.environ if env is None else env
         path = ":".join(filter(None, [str(ROOT), env.get("PYTHONPATH", "")]))
-        ours = {"RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+        added = {"RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
         self.process = subprocess.Popen(
-            [*inside, sys.executable, *args], cwd=where, env={**env, **ours},
+            [*inside, sys.executable, *args], cwd=where, env={**env, **added},
             stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
@@ -40,7 +40,7 @@ class Command:
         return Path(self.log.name).read_text()
 
     def wait_until(self, what: Callable[[], object], seconds: float = 120) -> float:
-        """Until `what` is true, while it runs; the seconds it took."""
+        """Wait until `what` is true, while the command runs. Returns the seconds that took."""
         began = time.monotonic()
         while not what():
             assert self.process.poll() is None, self.text()
@@ -49,19 +49,19 @@ class Command:
         return time.monotonic() - began
 
     def wait_for(self, pattern: str, seconds: float = 120) -> None:
-        """Until its output has a line that matches."""
+        """Wait until a line of its output matches."""
         self.wait_until(lambda: re.search(pattern, self.text()), seconds)
 
     def wait(self, seconds: float = 180) -> int:
         return self.process.wait(seconds)
 
     def family(self) -> list[psutil.Process]:
-        """The command and all processes that came of it, Ray's among them."""
+        """The process of the command and all its descendants, including those of Ray."""
         me = psutil.Process(self.process.pid)
         return [me, *me.children(recursive=True)]
 
     def workers(self, title: str = "RayTrainWorker") -> list[psutil.Process]:
-        """Those of them that Ray calls so."""
+        """The descendants with `title` in their command lines; Ray names its processes that way."""
         return [p for p in self.family() if title in " ".join(_arguments(p))]
 
     def stop(self) -> None:
@@ -72,7 +72,7 @@ class Command:
 
 
 def wait_until(what: Callable[[], object], seconds: float) -> float:
-    """Until `what` is true; the seconds it took."""
+    """Wait until `what` is true. Returns the seconds that took."""
     began = time.monotonic()
     while not what():
         assert time.monotonic() - began < seconds, "it did not happen in time"
@@ -81,8 +81,8 @@ def wait_until(what: Callable[[], object], seconds: float) -> float:
 
 
 def _arguments(process: psutil.Process) -> list[str]:
-    """What a process was called with; nothing if it has ended since it was listed."""
+    """The command line of a process; empty if it has ended meanwhile."""
     try:
         return process.cmdline()
-    except psutil.NoSuchProcess:  # a zombie is one too
+    except psutil.NoSuchProcess:  # psutil raises it for zombies, too
         return []

@@ -1,4 +1,4 @@
-"""A real S3 server on this machine, which can fall silent, and tells what it was asked for."""
+"""A real S3 server on this machine, which can stop answering and lists the requests that it got."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class Server:
-    """moto's S3, which keeps its objects in memory."""
+    """moto's S3 server, which keeps objects in memory."""
 
     bucket = "dogs"
 
@@ -31,12 +31,12 @@ class Server:
             time.sleep(0.1)
 
     def asked(self, method: str) -> list[str]:
-        """The names, without the bucket's, of what was asked for so far by this method, in order."""
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", Path(self._log.name).read_text())  # what is not status 200 is coloured
+        """The names of the objects that were requested by this HTTP method so far, in order."""
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", Path(self._log.name).read_text())  # colours
         return [str(name) for name in re.findall(rf'"{method} /{self.bucket}/([^ ?]+)', plain)]
 
     def stop(self) -> None:
-        """From now on it answers nobody, and forgets nothing."""
+        """Stop answering, without losing objects, until `go_on`."""
         self.process.send_signal(signal.SIGSTOP)
 
     def go_on(self) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,58 +19,46 @@ import dogvae
 from dogvae.commands import cli, flags
 from dogvae.config import Config
 from dogvae.data.dataset import Dataset
-from dogvae.data.drawn import draw
-from dogvae.data.writer import Row, write_dataset
 from dogvae.errors import UsageError
 from dogvae.network import prior
 from dogvae.network.prior import Mixture
 from dogvae.network.vae import VAE
 from dogvae.storage import Storage
-from dogvae.training.checkpoint import Checkpoints
+from dogvae.training.checkpoint import Checkpoint, Checkpoints
 from dogvae.training.export import export, export_again, is_export
 from dogvae.training.run_folder import save_config
-from tests.support.runs import job, train
+from tests.support.runs import SIZE, drawn_dogs, job, latest, train, write_images
 
-SIZE, VAL = 32, 12
+VAL = 12
 LATENTS = 2 * 4 * 4
 FILES = {"model.safetensors", "prior.safetensors", "README.md", "preview.png", "config.json"}
 
 
-def drawn(folder: Path, images: int, two_kinds: bool = False) -> Path:
-    """A dataset of drawn dogs; of two kinds, every other one is a negative, and none has middle greys."""
-    rows = []
-    for i in range(VAL + images):
-        pixels = np.asarray(draw(i, 0, SIZE)).transpose(2, 0, 1)
-        if two_kinds:
-            pixels = 255 - pixels // 4 if i % 2 else pixels // 4
-        digest = (0 if i < VAL else 2**63).to_bytes(8, "big") + i.to_bytes(24, "big")
-        rows.append(Row(f"{i}.png", None, digest, np.ascontiguousarray(pixels)))
-    folder.mkdir()
-    settings = {"size": SIZE, "crop": "center", "val_fraction": 0.1}
-    write_dataset(folder, rows, {"kind": "test", "name": "test", "signature": ""}, settings)
-    return folder
-
-
 def trained(where: Path, dataset: Path, stop_at: int | None = None, **settings: Any) -> tuple[Path, Config]:
-    """A run by the real loop."""
+    """A run of the real loop."""
     config = job(dataset, **{"epochs": 4, "latent_dim": 2, "lr": 1e-2, **settings})
-    run = where / "run"
-    train(config, run, stop_at=stop_at)
-    save_config(Storage(run), config)
-    return run, config
+    train(config, where / "run", stop_at=stop_at)
+    save_config(Storage(where / "run"), config)
+    return where / "run", config
+
+
+@pytest.fixture(scope="module")
+def few_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dogs = drawn_dogs(VAL + 30)
+    return write_images(tmp_path_factory.mktemp("few") / "dataset", train=dogs[VAL:], val=dogs[:VAL])
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
-    """Photos of two kinds; the last epoch was worse than the one before it, and had other weights."""
+    """A run on dark photos and bright negatives, whose last epoch was worse than the one before, with other weights."""
     where = tmp_path_factory.mktemp("export")
-    run, config = trained(where, drawn(where / "dataset", 100, two_kinds=True))
-    checkpoints = Checkpoints(Storage(run))
-    last = checkpoints.latest()
-    assert last is not None
+    photos = [255 - dog // 4 if i % 2 else dog // 4 for i, dog in enumerate(drawn_dogs(VAL + 100))]
+    run, config = trained(where, write_images(where / "dataset", train=photos[VAL:], val=photos[:VAL]))
+    last = latest(run)
     worse = last.meta["val_loss"] + 100
     record = {**last.meta["records"][-1], "epoch": 4, "val_loss": worse}
     meta = {**last.meta, "epoch": 5, "step": last.meta["step"] + 1, "val_loss": worse}
+    checkpoints = Checkpoints(Storage(run))
     checkpoints.save(
         {k: 0.5 * v if v.is_floating_point() else v for k, v in last.tensors.items()},
         {**meta, "records": [*last.meta["records"], record]},
@@ -89,7 +76,7 @@ def folder(run: tuple[Path, Config]) -> Path:
 
 @pytest.fixture
 def copy(run: tuple[Path, Config], folder: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """The run with its export, and its dataset, to be spoilt."""
+    """Copies of the run with its export, and of its dataset, that a test may damage."""
     dataset = shutil.copytree(run[1].data, tmp_path / "photos")
     shutil.copytree(run[0], tmp_path / "run")
     save_config(Storage(tmp_path / "run"), run[1].replace(data=str(dataset)))
@@ -100,17 +87,10 @@ def about(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-def best(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The checkpoint of the least loss, read without our code."""
-    found = []
-    for path in (run / "checkpoints").glob("step-*.safetensors"):
-        with safetensors.safe_open(path, "pt") as file:
-            meta = json.loads(file.metadata()["meta"])
-        if meta["val_loss"] is not None:
-            found.append((meta["val_loss"], path, meta))
-    assert len(found) > 1
-    _, path, meta = min(found, key=lambda each: each[0])
-    return load_file(path), meta
+def best(run: Path) -> Checkpoint:
+    found = Checkpoints(Storage(run)).best()
+    assert found is not None
+    return found
 
 
 def weights_of(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -119,7 +99,7 @@ def weights_of(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def posteriors(config: Config, weights: dict[str, Tensor], n: int | None = None) -> tuple[Tensor, Tensor]:
-    """Means and variances of the training photos, all at once."""
+    """Means and variances of the training photos, in one batch."""
     model = VAE(config.model).eval()
     model.load_state_dict(weights)
     paths = sorted(Path(config.data).glob("train-*.npy"))
@@ -128,7 +108,7 @@ def posteriors(config: Config, weights: dict[str, Tensor], n: int | None = None)
 
 
 def same(mixture: Mixture, tensors: dict[str, Tensor], name: str) -> bool:
-    """Whether the tensors of that name are the mixture's, but for what the size of a batch does to the last digits."""
+    """Whether the tensors called `name` are the mixture, up to rounding, which depends on the batch size."""
     return all(
         t.shape == tensors[f"{name}.{part}"].shape and torch.allclose(t.float(), tensors[f"{name}.{part}"], 1e-3, 1e-4)
         for part, t in vars(mixture).items()
@@ -138,95 +118,78 @@ def same(mixture: Mixture, tensors: dict[str, Tensor], name: str) -> bool:
 # --- the files
 
 
-def test_checksums_are_right(folder: Path) -> None:
+def test_config_describes_the_export_and_holds_checksums(run: tuple[Path, Config], folder: Path) -> None:
+    config, said = run[1], about(folder)
     assert {p.name for p in folder.iterdir()} == FILES
     digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}
-    assert about(folder)["files"] == {name: digests[name] for name in ("model.safetensors", "prior.safetensors")}
+    assert said["files"] == {name: digests[name] for name in ("model.safetensors", "prior.safetensors")}
+    assert (said["format"], said["version"], said["dogvae"]) == ("dogvae-export", 2, dogvae.__version__)
+    assert said["model"] == config.to_dict()["model"]
+    assert said["training"]["lr"] == 1e-2
+    assert said["dataset_fingerprint"] == Dataset(config.data).fingerprint
+    assert said["metrics"] == best(run[0])[1]["records"][-1]
+    assert said["metrics"]["epoch"] == 3  # the last epoch is 4
 
 
-def test_weights_are_the_best_epochs_averaged_ones(run: tuple[Path, Config], folder: Path) -> None:
-    tensors, meta = best(run[0])
+def test_weights_are_the_averaged_ones_of_the_best_epoch(run: tuple[Path, Config], folder: Path) -> None:
+    tensors, _ = best(run[0])
     weights = load_file(folder / "model.safetensors")
     averaged, raw = weights_of(tensors, "ema"), weights_of(tensors, "model")
     assert weights.keys() == averaged.keys()
     assert all(torch.equal(weights[name], averaged[name]) for name in weights)
     assert any(not torch.equal(weights[name], raw[name]) for name in weights)
-    assert about(folder)["metrics"] == meta["records"][-1]
-    assert about(folder)["metrics"]["epoch"] == 3  # not the last
 
 
-def test_without_average_the_weights_are_exported(tmp_path: Path) -> None:
-    run, config = trained(tmp_path, drawn(tmp_path / "dataset", 30), ema=0.0, epochs=2)
+def test_without_averaging_the_weights_themselves_are_exported(few_photos: Path, tmp_path: Path) -> None:
+    run, config = trained(tmp_path, few_photos, ema=0.0, epochs=2)
     weights, raw = load_file(Path(export(Storage(run), config).uri) / "model.safetensors"), best(run)[0]
     assert {f"model/{name}" for name in weights} == {name for name in raw if name.startswith("model/")}
     assert all(torch.equal(weights[name], raw[f"model/{name}"]) for name in weights)
 
 
-def test_config_says_what_it_is(run: tuple[Path, Config], folder: Path) -> None:
-    config, said = run[1], about(folder)
-    assert (said["format"], said["version"]) == ("dogvae-export", 2)
-    assert said["model"] == config.to_dict()["model"]
-    assert said["training"]["lr"] == 1e-2
-    assert said["dataset_fingerprint"] == Dataset(config.data).fingerprint
-    assert said["dogvae"] == dogvae.__version__
-
-
-def test_export_does_not_tell_where_the_photos_are(run: tuple[Path, Config], folder: Path) -> None:
-    """It is made to be given away."""
+def test_export_does_not_name_the_place_of_the_photos(run: tuple[Path, Config], folder: Path) -> None:
     assert "data" not in about(folder)["training"]
     for name in FILES:
         assert run[1].data.encode() not in (folder / name).read_bytes()
 
 
+def test_second_export_is_equal_byte_for_byte(run: tuple[Path, Config], folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(99)
+    again = Path(export(Storage(run[0]), run[1], Storage(tmp_path / "again")).uri)
+    assert {p.name for p in again.iterdir()} == FILES
+    for name in FILES:
+        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
+
+
 # --- the prior
 
 
-def test_prior_has_the_shapes_it_should(folder: Path) -> None:
-    tensors = load_file(folder / "prior.safetensors")
-    k = about(folder)["components"]
-    expected = {"directions": (32, LATENTS), "scales": (32,)}
-    for name, count in (("gaussian", 1), ("mixture", k)):
-        expected |= {
-            f"{name}.weights": (count,),
-            f"{name}.means": (count, LATENTS),
-            f"{name}.factors": (count, LATENTS, LATENTS),
-        }
-    assert {name: tuple(t.shape) for name, t in tensors.items()} == expected
-    assert {t.dtype for t in tensors.values()} == {torch.float32}
-    for name in ("gaussian", "mixture"):
-        assert float(tensors[f"{name}.weights"].sum()) == pytest.approx(1, abs=1e-6)
-        assert torch.equal(tensors[f"{name}.factors"], tensors[f"{name}.factors"].tril())
-        assert (tensors[f"{name}.factors"].diagonal(dim1=1, dim2=2) > 0).all()
-
-
-def test_prior_is_fitted_to_the_training_posteriors(run: tuple[Path, Config], folder: Path) -> None:
-    """Of the averaged weights of the best epoch; those of the weights themselves are others."""
+def test_prior_is_fitted_to_the_posteriors_of_the_exported_weights(run: tuple[Path, Config], folder: Path) -> None:
+    """Not of the weights without averaging. Directions are those of a singular value decomposition of the means."""
     path, config = run
     tensors, _ = best(path)
     saved = load_file(folder / "prior.safetensors")
     mu, var = posteriors(config, weights_of(tensors, "ema"))
     gaussian, mixture = prior.fit(mu, var)
-    assert same(gaussian, saved, "gaussian")
-    assert same(mixture, saved, "mixture")
+    k = about(folder)["components"]
+    shapes = {"directions": (32, LATENTS), "scales": (32,)}
+    for name, count, fitted in (("gaussian", 1, gaussian), ("mixture", k, mixture)):
+        shapes |= {
+            f"{name}.weights": (count,),
+            f"{name}.means": (count, LATENTS),
+            f"{name}.factors": (count, LATENTS, LATENTS),
+        }
+        assert same(fitted, saved, name)
+    assert {name: tuple(t.shape) for name, t in saved.items()} == shapes
+    assert {t.dtype for t in saved.values()} == {torch.float32}
     assert not same(prior.fit(*posteriors(config, weights_of(tensors, "model")))[0], saved, "gaussian")
-    # The mean needs no fitting, and the variances are those of the aggregated posterior.
-    torch.testing.assert_close(saved["gaussian.means"][0], mu.mean(dim=0), rtol=0, atol=1e-5)
-    spread = mu.var(dim=0, correction=0) + var.mean(dim=0)
-    covariance = saved["gaussian.factors"][0] @ saved["gaussian.factors"][0].T
-    torch.testing.assert_close(covariance.diagonal(), spread, rtol=1e-3, atol=1e-5)
-
-
-def test_directions_are_the_principal_ones(run: tuple[Path, Config], folder: Path) -> None:
-    """By a singular value decomposition of the centred means."""
-    mu, _ = posteriors(run[1], weights_of(best(run[0])[0], "ema"))
     _, values, vectors = np.linalg.svd((mu - mu.mean(dim=0)).double().numpy(), full_matrices=False)
-    saved = load_file(folder / "prior.safetensors")
     np.testing.assert_allclose(saved["scales"], values / np.sqrt(len(mu)), rtol=1e-3)
-    alike = np.abs((saved["directions"].double().numpy() * vectors).sum(axis=1))
-    np.testing.assert_allclose(alike[:3], 1, atol=1e-3)
+    cosines = np.abs((saved["directions"].double().numpy() * vectors).sum(axis=1))
+    np.testing.assert_allclose(cosines[:3], 1, atol=1e-3)
 
 
-def test_prior_is_fitted_to_so_many_images_at_most(
+def test_prior_is_fitted_to_a_limited_number_of_images(
     run: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, config = run
@@ -238,11 +201,11 @@ def test_prior_is_fitted_to_so_many_images_at_most(
     assert same(mixture, saved, "mixture")
 
 
-# --- what people see
+# --- preview and model card
 
 
-def test_preview_shows_samples_and_a_walk(run: tuple[Path, Config], folder: Path) -> None:
-    """8 in a row, with 2 pixels around each: 32 samples, and a walk from the first validation photo to the eighth."""
+def test_preview_shows_32_samples_and_a_walk_between_validation_photos(run: tuple[Path, Config], folder: Path) -> None:
+    """8 pictures in a row, with 2 pixels around each. The walk goes from the first photo to the eighth."""
     sheet = np.asarray(Image.open(folder / "preview.png"))
     assert sheet.shape == (2 + 5 * (SIZE + 2), 2 + 8 * (SIZE + 2), 3)
 
@@ -259,66 +222,38 @@ def test_preview_shows_samples_and_a_walk(run: tuple[Path, Config], folder: Path
     assert (sheet[:2] == 255).all()
 
 
-def test_card_names_the_number_of_components(folder: Path, tmp_path: Path) -> None:
-    """Photos of two kinds make a mixture; of too few photos there is one Gaussian."""
-    k = about(folder)["components"]
-    assert k > 1
-    assert k == len(load_file(folder / "prior.safetensors")["mixture.weights"])
-    assert f"Samples come from a mixture of {k} Gaussians, fitted to" in (folder / "README.md").read_text()
-    run, config = trained(tmp_path, drawn(tmp_path / "dataset", 30), epochs=1)
-    few = Path(export(Storage(run), config).uri)
-    assert about(few)["components"] == 1
-    assert "Samples come from a Gaussian, fitted to" in (few / "README.md").read_text()
-
-
-def test_card_has_the_figures(folder: Path) -> None:
-    card, metrics = (folder / "README.md").read_text(), about(folder)["metrics"]
+def test_model_card_has_the_figures_and_the_number_of_components(
+    folder: Path, few_photos: Path, tmp_path: Path
+) -> None:
+    card, metrics, k = (folder / "README.md").read_text(), about(folder)["metrics"], about(folder)["components"]
     assert f"| negative ELBO | {metrics['val_loss']:.1f} nats per image |" in card
     assert f"| PSNR | {metrics['val_psnr']:.2f} dB |" in card
     assert f"| active latents of 32 | {metrics['val_active_latents']} |" in card
     assert "Best of 4 epochs: epoch 4." in card
     assert about(folder)["dataset_fingerprint"] in card
+    assert k > 1  # two kinds of photos
+    assert f"Samples come from a mixture of {k} Gaussians, fitted to" in card
+    run, config = trained(tmp_path, few_photos, epochs=1)
+    few = Path(export(Storage(run), config).uri)
+    assert about(few)["components"] == 1
+    assert "Samples come from a Gaussian, fitted to" in (few / "README.md").read_text()
 
 
-# --- again
+# --- runs and exports
 
 
-def test_export_is_the_same_again(run: tuple[Path, Config], folder: Path, tmp_path: Path) -> None:
-    """Byte for byte, whatever the global generator does."""
-    torch.manual_seed(99)
-    again = Path(export(Storage(run[0]), run[1], Storage(tmp_path / "again")).uri)
-    assert {p.name for p in again.iterdir()} == FILES
-    for name in FILES:
-        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
-
-
-def test_export_again_mends_what_is_there(copy: tuple[Path, Path], folder: Path) -> None:
-    spoilt = copy[0] / "export"
-    (spoilt / "model.safetensors").write_bytes(b"torn")
-    (spoilt / "preview.png").unlink()
-    with pytest.raises(UsageError):
-        dogvae.load(spoilt, "cpu")
-    assert export_again(str(copy[0])) == str(spoilt)
-    for name in FILES:
-        assert (spoilt / name).read_bytes() == (folder / name).read_bytes(), name
-
-
-def test_run_without_an_epoch_has_nothing_to_export(tmp_path: Path) -> None:
-    run, config = trained(tmp_path, drawn(tmp_path / "dataset", 30), stop_at=3)
+def test_run_without_a_finished_epoch_cannot_be_exported(few_photos: Path, tmp_path: Path) -> None:
+    run, config = trained(tmp_path, few_photos, stop_at=3)
     assert list((run / "checkpoints").iterdir())
     with pytest.raises(UsageError, match="has no finished epoch to export"):
         export(Storage(run), config)
     assert not (run / "export").exists()
 
 
-def test_runs_and_exports_are_told_apart(run: tuple[Path, Config], folder: Path, tmp_path: Path) -> None:
+def test_is_export_distinguishes_exports_from_runs(run: tuple[Path, Config], folder: Path, tmp_path: Path) -> None:
     assert is_export(str(folder))
-    assert not is_export(str(run[0]))
-    assert not is_export(run[1].data)
-    assert not is_export(str(tmp_path))
-
-
-def test_run_on_photos_of_any_name_is_a_run(run: tuple[Path, Config], tmp_path: Path) -> None:
+    for path in (run[0], run[1].data, tmp_path):
+        assert not is_export(str(path))
     save_config(Storage(tmp_path), run[1].replace(data="/home/me/dogvae-export-photos"))
     assert not is_export(str(tmp_path))
 
@@ -333,7 +268,7 @@ def command(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """The one line that it ends with."""
+    """The single error line of `dogvae export ...`."""
     code, out, err = command(capsys, *argv)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -341,34 +276,38 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return err
 
 
-def test_command_exports_a_run_again(copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.rmtree(copy[0] / "export")
-    assert command(capsys, copy[0]) == (0, f"{copy[0]}/export\n", "")
-    assert {p.name for p in (copy[0] / "export").iterdir()} == FILES
+def test_command_replaces_a_damaged_export(
+    copy: tuple[Path, Path], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = copy[0] / "export"
+    (damaged / "model.safetensors").write_bytes(b"damaged")
+    (damaged / "preview.png").unlink()
+    with pytest.raises(UsageError):
+        dogvae.load(damaged, "cpu")
+    assert command(capsys, copy[0]) == (0, f"{damaged}\n", "")
+    for name in FILES:
+        assert (damaged / name).read_bytes() == (folder / name).read_bytes(), name
+    assert export_again(str(copy[0])) == str(damaged)
 
 
-def test_export_needs_the_dataset(copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """Which may be gone; what was exported before stays."""
+def test_command_refuses_a_missing_or_other_dataset(
+    copy: tuple[Path, Path], few_photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The export of before stays."""
     run, dataset = copy
     shutil.rmtree(dataset)
+    assert str(dataset) in refused(capsys, run)
+    shutil.copytree(few_photos, dataset)
     assert str(dataset) in refused(capsys, run)
     assert dogvae.load(run / "export", "cpu").sample(1).shape == (1, SIZE, SIZE, 3)
 
 
-def test_export_needs_the_same_dataset(copy: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """Its fingerprint goes into the export."""
-    run, dataset = copy
-    shutil.rmtree(dataset)
-    drawn(dataset, 50)
-    assert str(dataset) in refused(capsys, run)
-
-
-def test_what_is_no_run_is_refused(
+def test_command_refuses_what_is_not_a_run(
     folder: Path, run: tuple[Path, Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "is an exported model already; --onnx adds" in refused(capsys, folder)
     for path in (tmp_path, tmp_path / "none", run[1].data):
-        assert f"{path} is no run: it has no config.json" in refused(capsys, path)
+        assert f"{path} is not a run: it has no config.json" in refused(capsys, path)
     for text in ("[]", "{", '{"model": {"width": 1}}', '{"format": "other"}'):
         (tmp_path / "config.json").write_text(text)
         refused(capsys, tmp_path)

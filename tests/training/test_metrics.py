@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: what was recorded is read back, and an interruption leaves no epoch twice."""
+"""metrics.jsonl and TensorBoard: what was recorded is read back, and a resumed run has no epoch twice."""
 
 from __future__ import annotations
 
@@ -16,19 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dogvae.storage import Storage
 from dogvae.training.metrics import Recorder, read
-
-
-def record(epoch: int, run: int = 0) -> dict[str, Any]:
-    """Of an epoch, with numbers that tell it and the run apart."""
-    return {
-        "epoch": epoch,
-        "step": 10 * epoch + 10,
-        "train_loss": 100.5 - epoch + run,
-        "val_loss": 90.25 - epoch + run,
-        "val_active_latents": 7 + epoch,
-        "lr": 0.001 * (epoch + 1),
-    }
-
+from tests.support.storage import UnreliableStorage
 
 TAGS = {
     "run/step": "step",
@@ -39,14 +27,35 @@ TAGS = {
 }
 
 
+def record(epoch: int, run: int = 0) -> dict[str, Any]:
+    """The record of an epoch, with numbers that differ from epoch to epoch and from run to run."""
+    return {
+        "epoch": epoch,
+        "step": 10 * epoch + 10,
+        "train_loss": 100.5 - epoch + run,
+        "val_loss": 90.25 - epoch + run,
+        "val_active_latents": 7 + epoch,
+        "lr": 0.001 * (epoch + 1),
+    }
+
+
 def picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (3, 12, 20), np.uint8)
 
 
-def board(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
-    events.Reload()
-    return events
+def check_tensorboard(folder: Path, records: list[dict[str, Any]], pictures: dict[int, int]) -> None:
+    """The curves are those of the records, and the pictures, by epoch, those with these seeds."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    assert set(events.Tags()["scalars"]) == set(TAGS)
+    for tag, name in TAGS.items():
+        got = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert got == [(r["epoch"], pytest.approx(r[name], rel=1e-6)) for r in records]
+    assert events.Tags()["images"] == ["samples"] * bool(pictures)
+    images = events.Images("samples") if pictures else []
+    assert [image.step for image in images] == list(pictures)
+    for image in images:
+        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+        assert np.array_equal(pixels, picture(pictures[image.step]).transpose(1, 2, 0))
 
 
 def next_second() -> None:
@@ -55,7 +64,7 @@ def next_second() -> None:
 
 
 def strict(line: str) -> Any:
-    """JSON as others read it: without NaN and Infinity, which only Python knows."""
+    """JSON as other programs read it: without NaN and Infinity, which only Python knows."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
@@ -63,72 +72,29 @@ def strict(line: str) -> Any:
     return json.loads(line, parse_constant=refuse)
 
 
-def test_a_line_of_json_for_each_epoch(tmp_path: Path) -> None:
-    recorder = Recorder(Storage(tmp_path), [])
-    for epoch in range(3):
-        recorder.record(record(epoch), {})
-        recorder.wait()
-        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-        assert [strict(line) for line in lines] == [record(e) for e in range(epoch + 1)]
-    recorder.close()
-    assert read(Storage(tmp_path)) == [record(epoch) for epoch in range(3)]
-
-
-def test_numbers_that_are_none_are_still_json(tmp_path: Path) -> None:
-    recorder = Recorder(Storage(tmp_path), [])
-    recorder.record({"epoch": 0, "val_loss": math.nan, "train_loss": math.inf}, {})
-    recorder.close()
-    strict((tmp_path / "metrics.jsonl").read_text())
-
-
-def test_nothing_recorded_yet(tmp_path: Path) -> None:
+def test_every_epoch_is_at_once_in_metrics_jsonl_and_tensorboard(tmp_path: Path) -> None:
     assert read(Storage(tmp_path)) == []
-
-
-def test_resume_drops_what_lies_beyond(tmp_path: Path) -> None:
-    recorder = Recorder(Storage(tmp_path), [])
-    for epoch in range(4):
-        recorder.record(record(epoch), {})
-    recorder.close()
-    resumed = Recorder(Storage(tmp_path), [record(0), record(1)])
-    resumed.record(record(2, run=1), {})
-    resumed.close()
-    assert read(Storage(tmp_path)) == [record(0), record(1), record(2, run=1)]
-
-
-def test_tensorboard_reads_what_was_recorded(tmp_path: Path) -> None:
     recorder = Recorder(Storage(tmp_path), [])
     for epoch in range(3):
         recorder.record(record(epoch), {"samples": picture(epoch)} if epoch != 1 else {})
-    recorder.close()
-    events = board(tmp_path)
-    assert set(events.Tags()["scalars"]) == set(TAGS)
-    for tag, name in TAGS.items():
-        got = [(event.step, event.value) for event in events.Scalars(tag)]
-        assert got == [(epoch, pytest.approx(record(epoch)[name], rel=1e-6)) for epoch in range(3)]
-    assert events.Tags()["images"] == ["samples"]
-    images = events.Images("samples")
-    assert [image.step for image in images] == [0, 2]
-    for image in images:
-        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
-        assert np.array_equal(pixels, picture(image.step).transpose(1, 2, 0))
-
-
-def test_tensorboard_sees_an_epoch_at_once(tmp_path: Path) -> None:
-    """While the run goes on: nobody waits for its end to look at it, and what a kill leaves is complete."""
-    recorder = Recorder(Storage(tmp_path), [])
-    try:
-        recorder.record(record(0), {f"picture-{i}": picture(i) for i in range(30)})
         recorder.wait()
-        events = board(tmp_path)
-        assert [event.step for event in events.Scalars("val/loss")] == [0]
-        assert [len(events.Images(f"picture-{i}")) for i in range(30)] == [1] * 30
-    finally:
-        recorder.close()
+        expected = [record(e) for e in range(epoch + 1)]
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [strict(line) for line in lines] == read(Storage(tmp_path)) == expected
+        check_tensorboard(tmp_path, expected, {e: e for e in (0, 2) if e <= epoch})
+    recorder.close()
+    check_tensorboard(tmp_path, expected, {0: 0, 2: 2})
 
 
-def test_no_epoch_appears_twice_after_a_resume(tmp_path: Path) -> None:
-    """A run is killed after epoch 3, of which epochs 2 and 3 have no checkpoint, and goes on; and once more."""
+def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
+    recorder = Recorder(Storage(tmp_path), [])
+    recorder.record({"epoch": 0, "val_loss": math.nan, "train_loss": math.inf}, {})
+    recorder.close()
+    assert strict((tmp_path / "metrics.jsonl").read_text()) == {"epoch": 0, "val_loss": None, "train_loss": None}
+
+
+def test_resumed_runs_replace_the_epochs_that_have_no_checkpoint(tmp_path: Path) -> None:
+    """A run is killed after epoch 3 and resumed from a checkpoint of epoch 1; then again from one of epoch 2."""
     killed = Recorder(Storage(tmp_path), [])
     for epoch in range(4):
         killed.record(record(epoch), {"samples": picture(epoch)})
@@ -139,49 +105,23 @@ def test_no_epoch_appears_twice_after_a_resume(tmp_path: Path) -> None:
         for epoch in range(first, 5):
             resumed.record(record(epoch, run), {"samples": picture(100 * run + epoch)})
         resumed.close()
-    events = board(tmp_path)
     expected = [record(0), record(1), record(2, run=1), record(3, run=2), record(4, run=2)]
-    for tag, name in TAGS.items():
-        got = [(event.step, event.value) for event in events.Scalars(tag)]
-        assert got == [(r["epoch"], pytest.approx(r[name], rel=1e-6)) for r in expected]
-    images = events.Images("samples")
-    assert [image.step for image in images] == [0, 1, 2, 3, 4]
-    for image, seed in zip(images, [0, 1, 102, 203, 204], strict=True):
-        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
-        assert np.array_equal(pixels, picture(seed).transpose(1, 2, 0))
     assert read(Storage(tmp_path)) == expected
+    check_tensorboard(tmp_path, expected, {0: 0, 1: 1, 2: 102, 3: 203, 4: 204})
 
 
-def test_what_only_the_checkpoint_knows_is_written_at_the_start(tmp_path: Path) -> None:
-    """A kill came after the checkpoint of epoch 2 and before its line, its curve and its successor."""
+def test_epochs_that_only_the_checkpoint_holds_are_written_at_the_start(tmp_path: Path) -> None:
+    """A kill came after the checkpoint of epoch 1 and before its line and its curve."""
     killed = Recorder(Storage(tmp_path), [])
     killed.record(record(0), {})
     killed.wait()
     next_second()
     Recorder(Storage(tmp_path), [record(0), record(1)]).close()
     assert read(Storage(tmp_path)) == [record(0), record(1)]
-    assert [event.step for event in board(tmp_path).Scalars("val/loss")] == [0, 1]
+    check_tensorboard(tmp_path, [record(0), record(1)], {})
 
 
-class Slow(Storage):
-    """Storage that answers late."""
-
-    def write(self, name: str, data: bytes) -> None:
-        time.sleep(0.5)
-        super().write(name, data)
-
-
-def test_slow_storage_does_not_hold_up_training(tmp_path: Path) -> None:
-    recorder = Recorder(Slow(tmp_path), [])
-    began = time.monotonic()
-    for epoch in range(4):
-        recorder.record(record(epoch), {})
-    assert time.monotonic() - began < 0.5
-    recorder.close()
-    assert read(Storage(tmp_path)) == [record(epoch) for epoch in range(4)]
-
-
-def test_resume_within_the_same_second_keeps_the_curves(tmp_path: Path) -> None:
+def test_resume_within_the_same_second_keeps_the_first_event_file(tmp_path: Path) -> None:
     next_second()
     for epoch in range(2):
         recorder = Recorder(Storage(tmp_path), [record(0)][:epoch])
@@ -190,59 +130,45 @@ def test_resume_within_the_same_second_keeps_the_curves(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("events.*"))) == 2
 
 
-class Failing(Storage):
-    """Storage whose second write fails."""
-
-    writes = 0
-
-    def write(self, name: str, data: bytes) -> None:
-        self.writes += 1
-        if self.writes == 2:
-            raise OSError("no space")
-        super().write(name, data)
+def test_slow_storage_does_not_delay_training(tmp_path: Path) -> None:
+    recorder = Recorder(UnreliableStorage(tmp_path, delay_s=0.2), [])
+    began = time.monotonic()
+    for epoch in range(4):
+        recorder.record(record(epoch), {})
+    assert time.monotonic() - began < 0.2
+    recorder.close()
+    assert read(Storage(tmp_path)) == [record(epoch) for epoch in range(4)]
 
 
-def test_what_could_not_be_written_comes_with_the_next_epoch(tmp_path: Path) -> None:
-    told: list[str] = []
-    recorder = Recorder(Failing(tmp_path), [], told.append)
-    for epoch in range(3):
+@pytest.mark.parametrize(
+    ("epochs", "fails", "noted"),
+    [
+        pytest.param(3, [1], [2], id="with the next epoch"),
+        pytest.param(2, [0, 1], [1, 2], id="at the end"),
+    ],
+)
+def test_lines_that_could_not_be_written_are_written_later(
+    tmp_path: Path, epochs: int, fails: list[int], noted: list[int]
+) -> None:
+    notes: list[str] = []
+    recorder = Recorder(UnreliableStorage(tmp_path, fails), [], notes.append)
+    for epoch in range(epochs):
         recorder.record(record(epoch), {})
         recorder.wait()
-        assert read(Storage(tmp_path)) == [record(e) for e in range(epoch if epoch == 1 else epoch + 1)]
     recorder.close()
-    assert len(told) == 1
-    assert "epoch 2 could not be written (no space)" in told[0]
-    assert [event.step for event in board(tmp_path).Scalars("val/loss")] == [0, 1, 2]
+    assert notes == [
+        f"the metrics of epoch {epoch} could not be written (no answer): trying again later" for epoch in noted
+    ]
+    assert read(Storage(tmp_path)) == [record(epoch) for epoch in range(epochs)]
+    check_tensorboard(tmp_path, [record(epoch) for epoch in range(epochs)], {})
 
 
-class Refusing(Storage):
-    """Storage that refuses the first writes."""
-
-    refused = 0
-
-    def write(self, name: str, data: bytes) -> None:
-        if self.refused < 2:
-            self.refused += 1
-            raise OSError("no room")
-        super().write(name, data)
-
-
-def test_what_failed_to_the_end_is_tried_once_more(tmp_path: Path) -> None:
-    told: list[str] = []
-    recorder = Recorder(Refusing(tmp_path), [], told.append)
-    for epoch in range(2):
-        recorder.record(record(epoch), {})
-    recorder.close()
-    assert [line[:28] for line in told] == ["the metrics of epoch 1 could", "the metrics of epoch 2 could"]
-    assert read(Storage(tmp_path)) == [record(0), record(1)]
-
-
-def test_storage_that_hangs_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_storage_does_not_delay_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dogvae.training.metrics.CLOSE_S", 0.1)
-    told: list[str] = []
-    recorder = Recorder(Slow(tmp_path), [], told.append)
+    notes: list[str] = []
+    recorder = Recorder(UnreliableStorage(tmp_path, delay_s=0.5), [], notes.append)
     recorder.record(record(0), {})
     began = time.monotonic()
     recorder.close()
     assert time.monotonic() - began < 0.4
-    assert "does not answer" in told[0]
+    assert "does not answer" in notes[0]

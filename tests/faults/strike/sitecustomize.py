@@ -1,4 +1,4 @@
-"""With this folder on PYTHONPATH, one worker at its training raises MemoryError when the file $STRIKE appears."""
+"""With this folder on PYTHONPATH, a training worker raises MemoryError when the file $STRIKE appears."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ def _watch(file: str) -> None:
                 frame = frame.f_back
             if frame and os.path.exists(file):
                 try:
-                    os.unlink(file)  # only one worker does it
+                    os.unlink(file)  # so that only one worker raises it
                 except FileNotFoundError:
                     break
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(MemoryError))

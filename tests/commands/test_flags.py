@@ -1,0 +1,199 @@
+"""The flags of commands: every setting has one, mistakes are one line, and the exit status of a command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dogvae.cluster.network import TO_WORKERS, worker_environment
+from dogvae.cluster.submit import SENT
+from dogvae.commands import flags
+from dogvae.commands.remote import run_there
+from dogvae.config import Config, Safety
+from dogvae.errors import RunFailed, UsageError
+from tests.support.settings import SETTINGS, flag_of
+
+WITHOUT_FLAG = {"architecture", "data", "fingerprint", "loss_scale"}
+
+
+def parsed(*argv: str) -> argparse.Namespace:
+    return flags.training_parser("train_distributed.py", "description").parse_args(argv)
+
+
+@pytest.mark.parametrize("name", sorted(set(SETTINGS) - WITHOUT_FLAG))
+def test_every_setting_has_a_flag_whose_help_says_the_default(name: str) -> None:
+    kind, good, _ = SETTINGS[name]
+    typed = ["--no-" + name] if kind is bool else [flag_of(name), str(good[-1])]
+    assert flags.given(parsed(*typed)) == {name: good[-1]}
+    text = " ".join(flags.training_parser("train_distributed.py", None).format_help().split("options:")[1].split())
+    entry = text[text.index(f" {flag_of(name)}{',' if kind is bool else ''} ") :]
+    default = re.search(r"\(default: (.*?)\)", entry)
+    assert default
+    assert default[1] == str(Config().flat()[name])
+
+
+def test_settings_of_preset_and_data_have_no_flag() -> None:
+    assert set(flags.INTERNAL) == WITHOUT_FLAG
+    for name in WITHOUT_FLAG - {"data"}:
+        with pytest.raises(UsageError, match=f"{flag_of(name)} "):
+            parsed(flag_of(name), "x")
+
+
+def test_given_has_the_typed_settings_only() -> None:
+    assert flags.given(parsed()) == {}
+    assert flags.given(parsed("--epochs", "50", "--no-augment")) == {"epochs": 50, "augment": False}  # 50: the default
+    assert flags.given(parsed("--lr-warmup", "0", "--augment")) == {"lr_warmup": 0.0, "augment": True}
+    assert flags.given(parsed("--data", "dogs", "--name", "n", "--gpus", "2", "--crop", "box")) == {}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--epochs many", "--epochs"),
+        ("--epochs 1.5", "--epochs"),
+        ("--epochs", "--epochs"),
+        ("--epoch 3", "--epoch"),  # no abbreviations: a later flag could make them ambiguous
+        ("--colour red", "--colour"),
+        ("--compile on", "--compile"),
+        ("dogs", "dogs"),
+        ("--gpus 0", "--gpus"),
+        ("--cpus -1", "--cpus"),
+    ],
+)
+def test_error_of_the_parser_is_one_line(argv: str, words: str) -> None:
+    with pytest.raises(UsageError, match=rf"^.*{words}.* \(see train_distributed\.py --help\)\Z"):
+        parsed(*argv.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--gpus 1 --cpus 2", "--gpus and --cpus"),
+        ("--max-failures -2", "--max-failures"),
+        ("--max-skipped 0", "--max-skipped"),
+        ("--val-fraction 0", "--val-fraction"),
+        ("--val-fraction 0.95", "--val-fraction"),
+        ("--val-fraction nan", "--val-fraction"),
+        ("--crop square", "--crop"),
+        ("--resume --name a --crop box", "--resume"),
+        ("--resume --name a --val-fraction 0.1", "--resume"),
+    ],
+)
+def test_flags_out_of_range_or_contradicting_are_refused(argv: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        flags.check_training(parsed(*argv.split()))
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("5m", 300), ("2h", 7200), ("1.5m", 90), ("0.5s", 0.5)])
+def test_times_have_a_unit(text: str, seconds: float) -> None:
+    assert flags.safety(parsed("--checkpoint-every", text)) == Safety(checkpoint_s=seconds)
+    assert flags.safety(parsed("--storage-patience", text)) == Safety(patience_s=seconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "s", "0s", "0.0h", "-5m", "5x", "5d", "m5", "1e3s", "5 m", "infs", "nans", "1.5", ".5s"]
+)
+def test_other_times_are_refused(text: str) -> None:
+    for flag in ("--checkpoint-every", "--storage-patience"):
+        with pytest.raises(UsageError, match=f"{flag}.*30s, 5m or 2h"):
+            flags.safety(parsed(f"{flag}={text}"))
+
+
+def test_checkpoint_every_may_be_a_number_of_steps() -> None:
+    assert flags.safety(parsed()) == Safety() == Safety(60.0, 0, 20, 600.0)
+    typed = parsed("--checkpoint-every", "7", "--max-skipped", "3", "--storage-patience", "90s")
+    assert flags.safety(typed) == Safety(60.0, 7, 3, 90.0)
+    with pytest.raises(UsageError, match="--checkpoint-every"):
+        flags.safety(parsed("--checkpoint-every", "0"))
+
+
+def test_workers_are_a_number_or_a_range() -> None:
+    good = {"1": 1, "12": 12, "2:4": (2, 4), "3:3": (3, 3)}
+    assert {text: parsed("--cpus", text).cpus for text in good} == good
+    for text in ("0", "0:2", "4:2", "2:", ":4", "2:x", "1.5", "2:3:4", "many"):
+        with pytest.raises(UsageError, match=r"--gpus.*2:4"):
+            parsed("--gpus", text)
+
+
+def test_nccl_flags_and_settings_of_ray_train_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(TO_WORKERS)]:
+        monkeypatch.delenv(name)
+    typed = {"NCCL_SOCKET_IFNAME": "eth7", "NCCL_DEBUG": "INFO"}
+    assert flags.network(parsed("--nccl-socket-ifname", "eth7", "--nccl-debug", "info")) == typed
+    for name, value in {**typed, "RAY_TRAIN_METRICS_ENABLED": "0", "OTHER": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert worker_environment() == {**typed, "RAY_TRAIN_METRICS_ENABLED": "0"}
+
+
+# --- commands that run elsewhere
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--runs", "results"), ("--data", "photos")])
+def test_command_sent_to_a_cluster_refuses_paths_of_this_machine(
+    flag: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / value).mkdir()
+    monkeypatch.chdir(tmp_path)
+    typed = ["--address", "http://127.0.0.1:1", flag, value]
+    with pytest.raises(UsageError, match=f"{flag}: {value} is a path on this machine"):
+        run_there(parsed(*typed), ["train"], typed)
+
+
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_command_without_the_url_of_a_dashboard_runs_here(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert run_there(argparse.Namespace(address=address, runs="runs", data="photos"), ["train"], []) is None
+
+
+def test_printed_commands_have_the_flags_that_they_need_where_they_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DOGVAE_RUNS", raising=False)
+    assert (flags.sent(), flags.runs_flag("runs"), flags.runs_flag("my runs")) == ("", "", " --runs 'my runs'")
+    monkeypatch.setenv("DOGVAE_RUNS", "/mnt/share/runs")
+    assert flags.runs_flag("/mnt/share/runs") == ""
+    monkeypatch.setenv(SENT, "http://localhost:8265")
+    assert flags.sent() == " --address http://localhost:8265"
+    assert flags.runs_flag("/mnt/share/runs") == " --runs /mnt/share/runs"
+
+
+# --- the exit status
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "err"),
+    [
+        (UsageError("--data: nothing is there"), 2, "error: --data: nothing is there\n"),
+        (RunFailed("the disk is full"), 1, "error: the disk is full\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (BrokenPipeError(), 141, ""),  # as of `| head`
+    ],
+)
+def test_errors_become_an_exit_status_and_one_line(
+    raised: BaseException, status: int, err: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main(argv: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # `run` sets it to None for a broken pipe
+    assert flags.run(main, []) == status
+    assert capsys.readouterr().err == err
+
+
+def test_status_of_a_command_is_returned_and_other_errors_are_raised() -> None:
+    seen: list[Any] = []
+    assert flags.run(seen.append, ["a", "b"]) == 0
+    assert seen == [["a", "b"]]
+    assert flags.run(lambda argv: 3, []) == 3
+
+    def mistaken(argv: Any) -> None:
+        raise UsageError("--data: nothing is there")
+
+    with pytest.raises(UsageError):  # the traceback that was asked for
+        flags.run(mistaken, ["--verbose"])
+    with pytest.raises(ZeroDivisionError):
+        flags.run(lambda argv: 1 // 0, [])
