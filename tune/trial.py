@@ -183,7 +183,7 @@ def _load_population_checkpoint(shared: SharedByTrials, name: str, storage: Stor
         with checkpoint.as_directory() as folder:
             writer = json.loads((Path(folder) / WRITER).read_text())
     saved = Checkpoints(Storage(shared.search) / FOLDER / writer).latest()
-    if saved is None or (writer == name and saved.meta["config"] == config.to_dict()):
+    if saved is None or (writer == name and Config.make_nested(saved.meta["config"]) == config):
         return
     for old in storage.names(CHECKPOINTS):
         storage.delete(f"{CHECKPOINTS}/{old}")

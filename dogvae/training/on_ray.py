@@ -120,7 +120,7 @@ def _watch(
     """Show what the workers tell until the trainer has ended and everything is shown; pass a signal on to them."""
     import ray
 
-    last, stopping = "", False
+    last, stopping, failure = "", False, ""
     began = heard = looked = time.monotonic()
     lacking: float | None = None  # since when there are too few nodes
     # The end of a run needs torch here: it is imported while the last epoch is trained.
@@ -149,11 +149,13 @@ def _watch(
             elif kind == "note":
                 line.note(*payload)
             elif kind == "failed":
-                raise RunFailed(*payload)
-            else:
+                (failure,) = payload  # the next attempt returns at once
+            elif not failure:
                 (failures,) = payload
                 lost = "; ".join(f"worker {rank}: {message}" for rank, message in failures.items())
                 line.note(f"{lost}. Going on from the last checkpoint (--max-failures {safety.max_failures})")
+        if ended and failure:
+            raise RunFailed(failure)
         if ended:
             return
         if min(now - heard, now - looked) > NODES_INTERVAL_S:

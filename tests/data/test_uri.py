@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dogvae.commands.doctor import Finding, _judge, _inspect, _versions
+from dogvae.commands.doctor import Finding, _inspect, _judge, _versions
 from dogvae.config import Config
 from dogvae.data import writer
 from dogvae.data.dataset import Dataset
