@@ -23,8 +23,6 @@ COMMANDS = [line for line in COMMANDS if not line.startswith("ray ")]  # tests/h
 SET_UP = r"python -m venv \.venv && \. \.venv/bin/activate && pip install -e \S+ && "
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 LONGEST = 30  # words of a sentence
-PLAIN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-PLAIN += tuple(f"docs/{name}.md" for name in ("architecture", "cluster", "decisions", "speed"))
 
 
 # --- the commands
@@ -197,7 +195,7 @@ def test_sentences_are_split_as_a_reader_would() -> None:
     assert [s for s in sentences(page) if s] == ["One code two.", "Three four (five).", "seven", "eight?"]
 
 
-@pytest.mark.parametrize("page", PLAIN)
+@pytest.mark.parametrize("page", PAGES)
 def test_no_sentence_is_longer_than_thirty_words(page: str) -> None:
     long = [sentence for sentence in sentences((ROOT / page).read_text()) if len(sentence.split()) > LONGEST]
     assert long == []
