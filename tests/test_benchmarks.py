@@ -28,7 +28,7 @@ import scaling
 import step
 from dogvae.config import Config
 from dogvae.data.dataset import Dataset
-from dogvae.network import likelihood as loss
+from dogvae.network import likelihood
 from dogvae.network.vae import VAE
 from dogvae.storage import Storage
 from dogvae.training.checkpoint import Checkpoints
@@ -88,7 +88,7 @@ def test_notebook_peer_has_the_loss_of_preset_notebook() -> None:
     recon, mu, logvar = theirs(x)
     value = theirs.loss_function(recon, x, mu, logvar)
     logits, mu, logvar = ours(x, noise)
-    nats = loss.reconstruction("bernoulli", logits, x).sum() + loss.kl(mu, logvar).sum()
+    nats = likelihood.reconstruction("bernoulli", logits, x).sum() + likelihood.kl(mu, logvar).sum()
     torch.testing.assert_close(value, nats / (n * 3 * 64 * 64))
 
 
@@ -103,7 +103,9 @@ def test_ddp_peer_has_our_loss() -> None:
     value = network(x)
     torch.manual_seed(1)
     logits, mu, logvar = ours(x, torch.randn(2, 4, *ours.latent_shape))
-    torch.testing.assert_close(value, (loss.reconstruction("bernoulli", logits, x) + loss.kl(mu, logvar)).mean())
+    torch.testing.assert_close(
+        value, (likelihood.reconstruction("bernoulli", logits, x) + likelihood.kl(mu, logvar)).mean()
+    )
 
 
 @pytest.mark.parametrize("kind", [peers.NotebookDogs, peers.Photos])

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dogvae import rng
 from dogvae.config import Config
 from dogvae.data.dataset import rank_slice
-from dogvae.network import likelihood as loss
+from dogvae.network import likelihood
 from dogvae.network.vae import VAE
 from dogvae.rng import Stream
 from dogvae.training.augment import augment, draws
@@ -78,8 +78,8 @@ class Trainer:
         before = [buffer.clone() for buffer in self.model.buffers()]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             logits, mu, logvar = self.net(x, noise[:, mine])
-        reconstruction = loss.reconstruction(config.model.likelihood, logits, x, self.model.log_scale)
-        kl = loss.kl(mu, logvar)
+        reconstruction = likelihood.reconstruction(config.model.likelihood, logits, x, self.model.log_scale)
+        kl = likelihood.kl(mu, logvar)
         beta = beta_at(config, epoch + step / steps)
         objective = self._objective(reconstruction.sum(), kl.sum(), beta, n)
         self.model.zero_grad(set_to_none=True)

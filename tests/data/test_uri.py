@@ -22,7 +22,7 @@ from dogvae.data.dataset import Dataset
 from dogvae.data.find import DataChoice
 from dogvae.storage import Storage
 from dogvae.training import loop as training
-from dogvae.training import run_folder as runs
+from dogvae.training import run_folder
 from tests.support.command import TRAIN, Command
 from tests.support.datasets import fetched, flip_bit, put, shards
 from tests.support.ranks import start_ranks
@@ -97,13 +97,15 @@ def test_data_of_a_run_is_absolute_and_a_uri_stays_a_uri(
 
 def test_run_resumes_with_the_same_data_at_a_uri(remote: Path, s3: Server, tmp_path: Path) -> None:
     config = Config.make(data=str(remote), fingerprint=Dataset(remote).fingerprint, image_size=32)
-    runs.save_config(Storage(tmp_path / "runs/one"), config)
+    run_folder.save_config(Storage(tmp_path / "runs/one"), config)
     uri = put(remote, s3)
-    assert runs.open_old(str(tmp_path / "runs"), "one", {}, uri)[1].data == uri
+    assert run_folder.open_old(str(tmp_path / "runs"), "one", {}, uri)[1].data == uri
 
 
 def test_name_of_a_run_leaves_out_options_and_keys_of_a_uri() -> None:
-    assert re.fullmatch(r"dogs-\d{8}-\d{6}", runs.default_name("s3://key:secret@bucket/dogs?region=eu&scheme=http"))
+    assert re.fullmatch(
+        r"dogs-\d{8}-\d{6}", run_folder.default_name("s3://key:secret@bucket/dogs?region=eu&scheme=http")
+    )
 
 
 BAD = {
