@@ -199,6 +199,7 @@ def test_out_of_memory_ends_the_run_at_once_with_one_line(blank_images: Path, tm
     assert "Going on" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_out_of_memory_fails_a_trial_at_the_first_attempt(blank_images: Path, tmp_path: Path, workers: int) -> None:
     settings = [text for name, value in TOO_LARGE.items() for text in ("--set", f"{name}={value}")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +48,12 @@ def _train(rank: int, config: Config, out: str) -> None:
     Path(f"{out}.seen{rank}").write_text(json.dumps(seen))
 
 
-def _train_in_process(rank: int, config: Config, out: str) -> None:
-    _train(rank, config, out)
-    assert "torch._dynamo" not in sys.modules  # torch's compiler, whose import takes longer than that of torch
-
-
 def train(world_size: int, config: Config, out: Path) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """The records of the epochs, and the numbers of the images of each global batch in order."""
     if world_size == 1:
         _train(0, config, str(out))
     else:
-        on_ranks(world_size, _train_in_process, config, str(out))
+        on_ranks(world_size, _train, config, str(out))
     seen = [json.loads(Path(f"{out}.seen{rank}").read_text()) for rank in range(world_size)]
     batches = [[image for part in parts for image in part] for parts in zip(*seen, strict=True)]
     return records(out), batches
