@@ -21,8 +21,8 @@ from dogvae.data import writer
 from dogvae.data.dataset import Dataset
 from dogvae.data.find import DataChoice
 from dogvae.storage import Storage
-from dogvae.training import loop as training
-from dogvae.training import run_folder
+from dogvae.training import preflight, ranks, run_folder
+from dogvae.training.loop import loop
 from tests.support.command import TRAIN, Command
 from tests.support.datasets import fetched, flip_bit, put, shards
 from tests.support.ranks import start_ranks
@@ -34,19 +34,19 @@ def _rank(rank: int, init: str, caches: list[str], keys: dict[str, str], config:
     """A rank with a cache of its own, as on another node; with `late_s`, rank 1 opens its data so many seconds late."""
     os.environ.update(keys, DOGVAE_CACHE=caches[rank])
     torch.set_num_threads(1)
-    opened, training.SILENT_S = training.Dataset, 1.0
+    opened, ranks.SILENT_S = preflight.Dataset, 1.0
 
     def late(*args: Any) -> Dataset:
         time.sleep(late_s)
-        training.Dataset = opened  # type: ignore[misc]
+        preflight.Dataset = opened  # type: ignore[misc]
         return opened(*args)
 
     if late_s and rank == 1:
-        training.Dataset = late  # type: ignore[assignment, misc]
+        preflight.Dataset = late  # type: ignore[assignment, misc]
     timeout = timedelta(seconds=late_s / 2 or 600)
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=len(caches), timeout=timeout)
     observer = StopAt(1 if late_s else None)
-    training.loop(config, Storage(run), torch.device("cpu"), observer)
+    loop(config, Storage(run), torch.device("cpu"), observer)
     Path(f"{run}-notes-{rank}").write_text("\n".join(observer.notes))
     dist.destroy_process_group()
 
