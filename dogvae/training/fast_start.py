@@ -4,7 +4,7 @@
     controller  Ray Train's controller runs in the command, not in an actor that first imports it all anew
     workers     the workers start while the command still imports Ray Train
 
-Each saves over a second of every start (docs/speed.md; `python benchmarks/overhead.py --shortcuts`). They are taken
+Each saves about a second or more of a start (`python benchmarks/overhead.py --shortcuts`). They are taken
 only with the releases on which the tests ran, and not with `DOGVAE_FAST_START=0`. Whatever goes wrong while one sets
 itself up, Ray's public way is taken instead, with one note.
 """
