@@ -10,9 +10,13 @@ from typing import Any
 
 from dogvae.errors import UsageError
 
-IMAGE_SIZES = (32, 64, 128)
+IMAGE_SIZES = tuple(range(32, 257, 32))
 CROPS = ("center", "box")
-REMOVED = ("compile", "gradient_compression")  # settings of earlier versions: ignored in files that still hold them
+REMOVED = (
+    "compile",
+    "gradient_compression",
+    "norm",
+)  # settings of earlier versions: ignored in files that still hold them
 TYPES = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
 
@@ -59,15 +63,21 @@ class ModelConfig(_Checked):
     )
     image_size: int = setting(64, "data", "side of the square images in pixels", choices=IMAGE_SIZES)
     width: int = setting(
-        64, "model", "output channels of the first convolution; deeper ones have 2, 4, 8 times as many", low=4, high=512
+        48, "model", "channels at the first resolution; deeper ones have 2 and 4 times as many", low=4, high=512
     )
-    latent_dim: int = setting(
-        32, "model", "channels of the 4x4 latent map; a latent has 16 times as many dimensions", low=1, high=1024
+    latent_dim: int = setting(8, "model", "channels of the latent map", low=1, high=1024)
+    latent_size: int = setting(
+        8, "model", "side of the latent map: 8 shows more detail, 4 gives better samples", choices=(4, 8, 16)
     )
-    norm: str = setting("batch", "model", "normalisation layers of the network", choices=("group", "batch"))
-    likelihood: str = setting(
-        "bernoulli", "model", "likelihood of a pixel value", choices=("bernoulli", "continuous-bernoulli", "gaussian")
-    )
+    likelihood: str = setting("gaussian", "model", "likelihood of a pixel value", choices=("gaussian", "bernoulli"))
+
+    @property
+    def latent_side(self) -> int:
+        """Side of the latent map: `latent_size`, or for images of 96, 160, ... pixels the nearest that halving gives."""
+        halvings = round(math.log2(self.image_size / self.latent_size))
+        while self.image_size % 2**halvings:
+            halvings -= 1
+        return self.image_size // 2**halvings
 
 
 @dataclass(frozen=True)
@@ -151,8 +161,13 @@ class Config(_Checked):
     @staticmethod
     def make_nested(nested: dict[str, Any]) -> Config:
         """A Config from the result of `to_dict`, also from one that an earlier version wrote."""
-        settings = {name: value for name, value in nested.items() if name not in REMOVED}
-        return Config.make(**settings.pop("model"), **settings)
+        settings = {name: value for name, value in {**nested, **nested["model"]}.items() if name not in REMOVED}
+        del settings["model"]
+        if "latent_size" not in settings:  # written before version 0.2
+            if settings.get("architecture") != "notebook":
+                raise UsageError("its network is of dogvae 0.1: use that version for it, or train again")
+            settings["latent_size"] = PRESETS["notebook"]["latent_size"]
+        return Config.make(**settings)
 
     @staticmethod
     def from_json(text: str, where: str) -> Config:
@@ -186,9 +201,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The settings of the reference notebook.
     "notebook": dict(
         architecture="notebook",
-        norm="batch",
+        likelihood="bernoulli",
         width=64,
         latent_dim=32,
+        latent_size=4,
         samples=10,
         lr=1e-3,
         schedule="constant",

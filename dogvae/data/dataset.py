@@ -185,11 +185,3 @@ def moments(split: Split, chunk: int = 1024) -> tuple[Tensor, Tensor]:
         x = images.int()
         sums += torch.stack([x.sum(dim=0), x.square().sum(dim=0)])
     return sums[0].double() / (255 * len(split)), sums[1].double() / (255**2 * len(split))
-
-
-def grey_levels(split: Split, chunk: int = 1024) -> np.ndarray:
-    """How often each of the 256 byte values occurs in all images, (256,) int64."""
-    counts = np.zeros(256, np.int64)
-    for x in split.chunks(chunk):
-        counts += np.bincount(x.numpy().ravel(), minlength=256)
-    return counts

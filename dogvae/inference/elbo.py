@@ -1,4 +1,4 @@
-"""The validation ELBO, computed exactly over all ranks, and the two scores that `explained` is measured between."""
+"""The validation ELBO, computed exactly over all ranks, and the error that `explained` is measured against."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from dogvae import rng
-from dogvae.data.dataset import Batches, Dataset, Split, grey_levels, moments
-from dogvae.network.likelihood import flat_score, floor_table, kl, psnr, reconstruction
+from dogvae.data.dataset import Batches, Dataset, Split, moments
+from dogvae.network import likelihood
 from dogvae.network.vae import VAE
 from dogvae.rng import Stream
 
@@ -20,45 +20,72 @@ ACTIVE_VARIANCE = 0.01  # Burda, Grosse & Salakhutdinov 2016: the variance of an
 
 
 @torch.inference_mode()
-def evaluate(model: VAE, split: Split, device: torch.device, rank: int = 0, world_size: int = 1) -> dict[str, float]:
+def evaluate(
+    model: VAE,
+    split: Split,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    sigma: float | None = None,
+) -> dict[str, float]:
     """Exact validation: means over all images of the split, the same numbers at every world size.
 
-    Returns `loss`, the negative ELBO in nats per image (beta 1, `VAL_SAMPLES` samples, fixed noise), and its two terms
-    `reconstruction` and `kl`. Also returns the `psnr` of the decoded posterior mean in dB and the number of
-    `active_latents`. Every rank must call this function, and every rank gets the result.
+    Every rank must call this function, and every rank gets the result:
+
+    - `loss`: the negative ELBO in nats per image (beta 1, `VAL_SAMPLES` samples, fixed noise), the sum of
+      `reconstruction` and `kl`. The Gaussian likelihood has the `sigma` that is given, or the one that fits all of
+      these images best. So any two runs compare.
+    - `bits_per_dim`: the negative ELBO of the 8-bit pixels in bits per pixel value, with the decoded mean and `sigma`
+      as a Gaussian, whatever likelihood the model was trained with.
+    - `sigma`: in [1/255, 1]. `error`: the mean squared error of the decoded posterior means, and `psnr`: theirs in dB.
+    - `active_latents`: how many latents vary between images.
     """
     model.eval()
-    n, latents = len(split), math.prod(model.latent_shape)
+    n, latents, pixels = len(split), math.prod(model.latent_shape), math.prod(split.image_shape)
+    kind = model.config.likelihood
     chunks = [np.arange(start, min(start + VAL_CHUNK, n)) for start in range(0, n, VAL_CHUNK)]
-    table = torch.zeros(len(chunks), 3 + 2 * latents, dtype=torch.float64, device=device)
+    table = torch.zeros(len(chunks), 5 + 2 * latents, dtype=torch.float64, device=device)
+    counts = torch.zeros(3, likelihood.BINS, dtype=torch.int64, device=device)
     own = range(rank, len(chunks), world_size)  # the chunks of this rank
     for c, images in zip(own, Batches(split, device)([chunks[c] for c in own]), strict=True):
         x = images.float() / 255
         noise = rng.normal((VAL_SAMPLES, len(x), *model.latent_shape), Stream.VALIDATION, c)
-        logits, mu, logvar = model(x, noise.to(device))
-        table[c, 0] = reconstruction(model.config.likelihood, logits, x, model.log_scale).double().sum()
-        table[c, 1] = kl(mu, logvar).double().sum()
-        table[c, 2] = psnr(model.decode_mean(mu), x).double().sum()
+        outputs, mu, logvar = model(x, noise.to(device))
+        decoded = model.decode_mean(mu)
+        counts += likelihood.residual_counts(likelihood.mean(kind, outputs), x)
+        if kind == "bernoulli":
+            table[c, 0] = likelihood.bernoulli(outputs, x).double().sum()
+        table[c, 1] = likelihood.squared_errors(kind, outputs, x).double().sum()
+        table[c, 2] = likelihood.kl(mu, logvar).double().sum()
+        table[c, 3] = likelihood.psnr(decoded, x).double().sum()
+        table[c, 4] = (decoded - x).square().double().mean(dim=(1, 2, 3)).sum()
         means = mu.flatten(1).double()
-        table[c, 3:] = torch.cat([means.sum(0), means.square().sum(0)])
+        table[c, 5:] = torch.cat([means.sum(0), means.square().sum(0)])
     if world_size > 1:
         dist.all_reduce(table)  # exact: one rank adds a row's numbers, all others add zeros
+        dist.all_reduce(counts)
     sums = table.sum(dim=0).cpu() / n
-    variance = sums[3 + latents :] - sums[3 : 3 + latents].square()
+    reconstruction, error, kl = sums[0], sums[1], sums[2]
+    if sigma is None:
+        sigma = float(likelihood.best_sigma(error, pixels))
+    if kind == "gaussian":
+        reconstruction = likelihood.gaussian(error, sigma, pixels)
+    variance = sums[5 + latents :] - sums[5 : 5 + latents].square()
     model.train()
     return {
-        "loss": float(sums[0] + sums[1]),
-        "reconstruction": float(sums[0]),
-        "kl": float(sums[1]),
-        "psnr": float(sums[2]),
+        "loss": float(reconstruction + kl),
+        "reconstruction": float(reconstruction),
+        "kl": float(kl),
+        "bits_per_dim": likelihood.bits(counts, sigma) + float(kl) / (pixels * math.log(2)),
+        "sigma": sigma,
+        "error": float(sums[4]),
+        "psnr": float(sums[3]),
         "active_latents": int((variance > ACTIVE_VARIANCE).sum()),
     }
 
 
-def baselines(likelihood: str, dataset: Dataset) -> tuple[float, float]:
-    """(floor, mean): reconstruction terms on the validation images, in nats per image.
-
-    `floor` is the least possible one, `mean` that of the mean training image as the prediction for every image.
-    """
-    floor = float(grey_levels(dataset.val) @ floor_table(likelihood)) / len(dataset.val)
-    return floor, flat_score(likelihood, moments(dataset.train)[0], *moments(dataset.val))
+def mean_error(dataset: Dataset) -> float:
+    """The mean squared error of the mean training image as the decoding of every validation image."""
+    prediction = moments(dataset.train)[0]
+    mean, mean_square = moments(dataset.val)
+    return float((mean_square - 2 * prediction * mean + prediction.square()).mean())

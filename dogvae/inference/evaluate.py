@@ -14,9 +14,9 @@ from torch import Tensor
 from dogvae import rng
 from dogvae.data.dataset import Dataset, Split
 from dogvae.errors import UsageError
-from dogvae.inference.elbo import baselines, evaluate
+from dogvae.inference.elbo import evaluate, mean_error
 from dogvae.inference.model import PRIORS, DogVAE
-from dogvae.network.likelihood import explained, reconstruction
+from dogvae.network.likelihood import bernoulli, explained, gaussian, squared_errors
 from dogvae.network.vae import VAE
 from dogvae.pictures import to_uint8
 from dogvae.rng import Stream
@@ -40,9 +40,9 @@ def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, repo
         raise UsageError(f"--samples: {samples} is too small, it must be at least 1")
     net, val = model.model, dataset.val
     report("validation, part", 0, 2)
-    figures: dict[str, Any] = {"images": len(val), **evaluate(net, val, model.device)}
+    figures: dict[str, Any] = {"images": len(val), **evaluate(net, val, model.device, sigma=model.sigma)}
     net.eval()
-    figures["explained"] = explained(figures["loss"], *baselines(net.config.likelihood, dataset))
+    figures["explained"] = explained(figures.pop("error"), mean_error(dataset))
     report("validation, part", 1, 2)
     figures["ssim"] = _mean_ssim(net, val, model.device)
     figures |= bounds(model, val, samples, report)
@@ -73,6 +73,13 @@ def bounds(model: DogVAE, split: Split, samples: int, report: Report) -> dict[st
     closer to -log p(x).
     """
     net, device = model.model, model.device
+
+    def reconstruction(outputs: Tensor, x: Tensor) -> Tensor:
+        x = x.expand(outputs.shape[1], -1, -1, -1)
+        if net.config.likelihood == "bernoulli":
+            return bernoulli(outputs, x)
+        return gaussian(squared_errors("gaussian", outputs, x), model.sigma, x[0].numel())
+
     weights: dict[str, list[Tensor]] = {prior: [] for prior in PRIORS}
     divergence: dict[str, list[Tensor]] = {prior: [] for prior in PRIORS}
     for i in range(len(split)):
@@ -80,13 +87,7 @@ def bounds(model: DogVAE, split: Split, samples: int, report: Report) -> dict[st
         mu, logvar = net.encoder(x)
         noise = rng.normal((samples, *net.latent_shape), Stream.IMPORTANCE, i).to(device)
         z = mu + torch.exp(0.5 * logvar) * noise
-        likelihood = net.config.likelihood
-        nll = torch.cat(
-            [
-                reconstruction(likelihood, net.decoder(part)[None], x.expand(len(part), -1, -1, -1), net.log_scale)
-                for part in z.split(CHUNK)
-            ]
-        ).double()
+        nll = torch.cat([reconstruction(net.decoder(part)[None], x) for part in z.split(CHUNK)]).double()
         log_q = torch.distributions.Normal(mu.double(), torch.exp(0.5 * logvar.double())).log_prob(z.double())
         log_q = log_q.sum(dim=(1, 2, 3)).cpu()
         for prior in PRIORS:
@@ -210,6 +211,7 @@ def table(figures: dict[str, Any], samples: int) -> str:
             (f"-log p(x) at most, {samples} draws, {name}", f"{figures['importance_weighted'][prior]:,.1f} nats")
             for prior, name in (("normal", "N(0, I)"), ("gaussian", "Gaussian"), ("mixture", "mixture"))
         ),
+        ("bits per dimension", f"{figures['bits_per_dim']:.3f}"),
         ("explained (0: the mean image, 1: perfect)", f"{figures['explained']:.3f}"),
         ("PSNR", f"{figures['psnr']:.2f} dB"),
         ("SSIM", f"{figures['ssim']:.3f}"),

@@ -17,7 +17,7 @@ from dogvae.inference.model import INFERENCE_BATCH, DogVAE
 from dogvae.network.vae import VAE
 from dogvae.storage import Storage
 
-EXPORT_FORMAT, EXPORT_VERSION = "dogvae-export", 2
+EXPORT_FORMAT, EXPORT_VERSION = "dogvae-export", 3
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:

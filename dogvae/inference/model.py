@@ -36,8 +36,8 @@ class DogVAE:
     """A trained model.
 
     Returned pictures are uint8 arrays (n, h, h, 3), or lists of PIL images with `pil=True`. Latents are float32 arrays
-    (n, d, 4, 4). `dogvae.inference.user_images` says which kinds of pictures the methods take.
-    `latent_shape` is (d, 4, 4), `size` is h in pixels, and `about` is the export's config.json.
+    (n, d, s, s). `dogvae.inference.user_images` says which kinds of pictures the methods take.
+    `latent_shape` is (d, s, s), `size` is h in pixels, and `about` is the export's config.json.
     """
 
     def __init__(self, model: VAE, device: torch.device, about: dict[str, Any], prior: dict[str, Tensor]) -> None:
@@ -45,6 +45,8 @@ class DogVAE:
         self.device = device
         self.about = about
         self.size: int = model.config.image_size
+        self.sigma: float = about["sigma"]
+        """Standard deviation of a pixel around its decoded value, found in validation."""
         self.latent_shape = model.latent_shape
         dims = math.prod(model.latent_shape)
         self._priors = {
@@ -59,13 +61,13 @@ class DogVAE:
         if directions.shape != (len(scales), dims):
             raise ValueError("its directions belong to another model")
         self.directions: np.ndarray = directions.reshape(-1, *self.latent_shape).numpy()
-        """Principal directions (r, d, 4, 4) of the training images' posterior means: unit length, widest first."""
+        """Principal directions (r, d, s, s) of the training images' posterior means: unit length, widest first."""
         self.scales: np.ndarray = scales.numpy()
         """Standard deviations (r,) of the training images' posterior means along each direction."""
         self.moves: np.ndarray = self.directions * self.scales[:, None, None, None]
-        """The directions (r, d, 4, 4) scaled to a length of one standard deviation."""
+        """The directions (r, d, s, s) scaled to a length of one standard deviation."""
         self.mean: np.ndarray = self._priors["gaussian"].means[0].reshape(self.latent_shape).numpy()
-        """Mean latent (d, 4, 4) of the training images."""
+        """Mean latent (d, s, s) of the training images."""
 
     def sample(self, n: int, seed: int = 0, temperature: float = 1.0, prior: str = PRIORS[0], pil: bool = False) -> Any:
         """`n` new dogs (n, h, h, 3) uint8. A seed always gives the same dogs; a smaller `n` gives the first of them.
@@ -83,7 +85,7 @@ class DogVAE:
             yield self.decode(latents)
 
     def sample_latents(self, n: int, seed: int = 0, temperature: float = 1.0, prior: str = PRIORS[0]) -> np.ndarray:
-        """The latents (n, d, 4, 4) of the pictures of `sample`."""
+        """The latents (n, d, s, s) of the pictures of `sample`."""
         _check_memory(n, 4 * self.mean.size)
         return np.concatenate(list(self._latents(n, seed, temperature, prior)))
 
@@ -107,7 +109,7 @@ class DogVAE:
             yield z[: n - start].reshape(-1, *self.latent_shape).numpy()
 
     def log_prior(self, latents: np.ndarray, prior: str = PRIORS[0]) -> np.ndarray:
-        """Log density (n,) in nats, float64, of latents (n, d, 4, 4) under a prior."""
+        """Log density (n,) in nats, float64, of latents (n, d, s, s) under a prior."""
         z = self._latent_tensor(latents).flatten(1).double()
         _check_prior(prior)
         if prior == "normal":
@@ -116,18 +118,18 @@ class DogVAE:
 
     @torch.inference_mode()
     def encode(self, pictures: Pictures) -> np.ndarray:
-        """Posterior means (n, d, 4, 4) float32 of n pictures. Raises UsageError if a picture cannot be used."""
+        """Posterior means (n, d, s, s) float32 of n pictures. Raises UsageError if a picture cannot be used."""
         x = torch.from_numpy(pixels(pictures, self.size))
         return self._in_batches(lambda part: self.model.encoder(part.float() / 255)[0].cpu().numpy(), x)
 
     @torch.inference_mode()
     def decode(self, latents: np.ndarray | Tensor, pil: bool = False) -> Any:
-        """Pictures (n, h, h, 3) uint8 of latents (n, d, 4, 4)."""
+        """Pictures (n, h, h, 3) uint8 of latents (n, d, s, s)."""
         out = self._in_batches(lambda part: to_uint8(self.model.decode_mean(part)), self._latent_tensor(latents))
         return self._out(np.ascontiguousarray(out.transpose(0, 2, 3, 1)), pil)
 
     def _latent_tensor(self, latents: np.ndarray | Tensor) -> Tensor:
-        """Latents (n, d, 4, 4) of any dtype and memory layout as float32 on the CPU, checked."""
+        """Latents (n, d, s, s) of any dtype and memory layout as float32 on the CPU, checked."""
         array = latents.detach().cpu().numpy() if isinstance(latents, Tensor) else latents
         z = torch.from_numpy(np.array(array, np.float32, order="C"))
         if z.shape[1:] != self.latent_shape:
@@ -170,7 +172,7 @@ class DogVAE:
         return self.decode(self.path(self.encode(pictures), steps, method), pil)
 
     def path(self, latents: np.ndarray, steps: int = 32, method: str = METHODS[0]) -> np.ndarray:
-        """Latents ((m - 1) * (steps - 1) + 1, d, 4, 4) on the way through m latents, which are themselves among them.
+        """Latents ((m - 1) * (steps - 1) + 1, d, s, s) on the way through m latents, which are themselves among them.
 
         `method`: "linear", or "spherical" interpolation (Shoemake 1985). A straight line passes closer to the origin
         than latents usually lie; the spherical path keeps their distance from it (White 2016).
@@ -194,7 +196,7 @@ class DogVAE:
             raise UsageError(f"{dataset.path} has images of {dataset.size} pixels, this model needs {self.size}")
 
     def direction(self, photos_with: Pictures, photos_without: Pictures) -> np.ndarray:
-        """mean(with) - mean(without), (d, 4, 4): adding it to a latent moves towards `photos_with`.
+        """mean(with) - mean(without), (d, s, s): adding it to a latent moves towards `photos_with`.
 
         The means are over the photos' posterior means. Larsen et al. 2016 call the difference an attribute vector.
         """
@@ -234,7 +236,7 @@ def posteriors(
     most: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor]:
-    """Posterior means and variances, each (n, d * 16) float32 on the CPU, of the first `most` images (default: all)."""
+    """Posterior means and variances, each (n, d * s * s) float32 on the CPU, of the first `most` images (default: all)."""
     n = min(len(split), most or len(split))
     mu, var = [], []
     for x in split.chunks(BATCH, most):

@@ -1,94 +1,65 @@
-"""Likelihoods, KL and the scores of the ELBO, in nats; pure functions.
+"""Likelihoods, KL and the scores of the ELBO; pure functions.
 
-Shapes: images are x_bchw in [0, 1]. Logits of the decoder have a leading axis for posterior samples: sbchw. Posterior
-parameters are bchw. The "reconstruction" term is the expected negative log likelihood, summed over pixels.
+Shapes: images are x_bchw in [0, 1]. Outputs of the decoder have a leading axis for posterior samples: sbchw. Posterior
+parameters are bchw. The "reconstruction" term is the expected negative log likelihood in nats, summed over pixels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The densities of the continuous Bernoulli and the Gaussian have no upper limit: a black pixel could score infinitely
-# well. These bounds keep the best possible score finite, which `explained` needs as its floor.
-LOGIT_BOUND = 1000.0  # continuous Bernoulli: bounds its mean to [0.001, 0.999]
-LOG_SCALE_BOUNDS = (math.log(1 / 255), 0.0)  # Gaussian: a standard deviation between one grey level and the whole range
+LEVELS = 255  # steps between black and white of an 8-bit picture
+# Least sigma of the Gaussian: one grey level. Its density has no upper limit, but 8 bits hold no finer truth.
+LEAST_SIGMA = 1 / LEVELS
+FINE = 8  # bins in a grey level, in which residuals are counted
+BINS = 2 * FINE * LEVELS + 1  # for residuals from -1 to 1
 
 
-def bernoulli(logits: Tensor, x: Tensor, log_scale: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy of each pixel in nats, in the shape of `logits`; x broadcasts to it."""
-    return F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+def bernoulli(logits_sbchw: Tensor, x_bchw: Tensor) -> Tensor:
+    """Binary cross-entropy of each image, (b,) nats: the sum over pixels, averaged over posterior samples."""
+    logits = logits_sbchw.float()
+    nats = F.binary_cross_entropy_with_logits(logits, x_bchw.float().expand_as(logits), reduction="none")
+    return nats.sum(dim=(2, 3, 4)).mean(dim=0)
 
 
-def continuous_bernoulli(logits: Tensor, x: Tensor, log_scale: Tensor | None = None) -> Tensor:
-    """Negative log density of the continuous Bernoulli for each pixel, in the shape of `logits`.
+def gaussian(errors_b: Tensor, sigma: Tensor | float, pixels: int) -> Tensor:
+    """Negative log density of each image, (b,) nats, under a Gaussian whose `pixels` values share one `sigma`.
 
-    Loaiza-Ganem & Cunningham 2019. The logits are bounded smoothly to +-LOGIT_BOUND.
+    `errors_b` are the squared errors of the images, summed over pixels. The density is per grey level, not per unit
+    of [0, 1]. So it is about the log probability of the 8-bit picture: see `bits`.
     """
-    logits = _bounded(logits)
-    return bernoulli(logits, x) - _log_c(logits)
+    sigma = torch.as_tensor(sigma, device=errors_b.device)
+    constant = pixels * (math.log(LEVELS) + 0.5 * math.log(2 * math.pi))
+    return errors_b / (2 * sigma.square()) + pixels * sigma.log() + constant
 
 
-def _bounded(logits: Tensor) -> Tensor:
-    return LOGIT_BOUND * torch.tanh(logits / LOGIT_BOUND)
+def best_sigma(error: Tensor, values: int) -> Tensor:
+    """The sigma under which pixels with the summed squared error `error` are most probable: their root mean square.
 
-
-def _log_c(logits: Tensor) -> Tensor:
-    """Log of the normalising constant (ibid., eq. 7), l / tanh(l / 2) for the logit l.
-
-    Near l = 0, where that is 0 / 0, its series is used.
+    `error` is a sum over `values` pixels. The decoder is trained with the sigma of each batch: Rybkin, Daniilidis &
+    Levine 2021, "Simple and effective VAE training with calibrated decoders", eq. 5.
     """
-    small = logits.abs() < 0.05
-    safe = torch.where(small, torch.ones_like(logits), logits)
-    return torch.where(small, math.log(2) + logits.square() / 12, (safe / torch.tanh(safe / 2)).log())
+    return (error / values).sqrt().clamp_min(LEAST_SIGMA)
 
 
-def _continuous_mean(logits: Tensor) -> Tensor:
-    """Mean of the continuous Bernoulli (ibid., eq. 8)."""
-    small = logits.abs() < 0.05
-    safe = torch.where(small, torch.ones_like(logits), logits)
-    return torch.where(small, 0.5 + logits / 12, 1 / -torch.expm1(-safe) - 1 / safe)
+def squared_errors(likelihood: str, outputs_sbchw: Tensor, x_bchw: Tensor) -> Tensor:
+    """Squared error of each image, (b,): the sum over pixels, averaged over posterior samples."""
+    decoded = mean(likelihood, outputs_sbchw)
+    return (decoded - x_bchw.float()).square().sum(dim=(2, 3, 4)).mean(dim=0)
 
 
-def _continuous_logit(mean: Tensor) -> Tensor:
-    """The logit within the bounds whose mean is nearest to `mean`, float64. By bisection: there is no closed form."""
-    low, high = torch.full_like(mean, -LOGIT_BOUND), torch.full_like(mean, LOGIT_BOUND)
-    for _ in range(60):
-        middle = (low + high) / 2
-        less = _continuous_mean(middle) < mean
-        low, high = torch.where(less, middle, low), torch.where(less, high, middle)
-    return (low + high) / 2
+def mean(likelihood: str, outputs: Tensor) -> Tensor:
+    """The mean of the likelihood, float32 in the shape of `outputs`; the Gaussian's may leave [0, 1] a little."""
+    return torch.sigmoid(outputs.float()) if likelihood == "bernoulli" else outputs.float() + 0.5
 
 
-def gaussian(logits: Tensor, x: Tensor, log_scale: Tensor | None = None) -> Tensor:
-    """Negative log density of a Gaussian for each pixel, in the shape of `logits`.
-
-    The mean is sigmoid(logits). All pixels share one learned standard deviation exp(s), where s is `log_scale`
-    squashed into LOG_SCALE_BOUNDS.
-    Rybkin, Daniilidis & Levine 2021, "Simple and effective VAE training with calibrated decoders".
-    """
-    assert log_scale is not None
-    low, high = LOG_SCALE_BOUNDS
-    s = low + (high - low) * torch.sigmoid(log_scale)
-    return 0.5 * ((x - torch.sigmoid(logits)) * torch.exp(-s)).square() + s + 0.5 * math.log(2 * math.pi)
-
-
-LIKELIHOODS: dict[str, Callable[..., Tensor]] = {
-    "bernoulli": bernoulli,
-    "continuous-bernoulli": continuous_bernoulli,
-    "gaussian": gaussian,
-}
-
-
-def reconstruction(likelihood: str, logits_sbchw: Tensor, x_bchw: Tensor, log_scale: Tensor | None = None) -> Tensor:
-    """Negative log likelihood of each image, (b,) float32: the sum over pixels, averaged over posterior samples."""
-    nll = LIKELIHOODS[likelihood](logits_sbchw.float(), x_bchw.float(), log_scale)
-    return nll.sum(dim=(2, 3, 4)).mean(dim=0)
+def decoded_mean(likelihood: str, outputs: Tensor) -> Tensor:
+    """The mean of the likelihood within [0, 1], in the shape of `outputs`: the picture to show."""
+    return mean(likelihood, outputs).clamp(0, 1)
 
 
 def kl(mu_bchw: Tensor, logvar_bchw: Tensor) -> Tensor:
@@ -103,41 +74,39 @@ def psnr(decoded_bchw: Tensor, x_bchw: Tensor) -> Tensor:
     return -10 * torch.log10(mse.clamp_min(1e-10))
 
 
-def decoded_mean(likelihood: str, logits: Tensor) -> Tensor:
-    """The mean of the likelihood in [0, 1], in the shape of `logits`: the picture to show."""
-    if likelihood == "continuous-bernoulli":
-        return _continuous_mean(_bounded(logits))
-    return torch.sigmoid(logits)
+def residual_counts(means_sbchw: Tensor, x_bchw: Tensor) -> Tensor:
+    """How many pixels have which residual x - mean, (3, BINS) int64; the rows are black, other and white pixels.
 
-
-def floor_table(likelihood: str) -> np.ndarray:
-    """The least possible reconstruction term of a pixel at each of the 256 grey levels, (256,) float64 nats."""
-    x = torch.arange(256, dtype=torch.float64) / 255
-    if likelihood == "gaussian":
-        best = 0.5 * math.log(2 * math.pi) + LOG_SCALE_BOUNDS[0]
-        return np.full(256, best)
-    if likelihood == "bernoulli":
-        return torch.special.entr(torch.stack([x, 1 - x])).sum(dim=0).numpy()
-    best_logits = _continuous_logit(x)  # an exponential family fits best where its mean equals the data
-    return (bernoulli(best_logits, x) - _log_c(best_logits)).numpy()
-
-
-def flat_score(likelihood: str, prediction: Tensor, mean: Tensor, mean_square: Tensor) -> float:
-    """The average reconstruction term, in nats per image, if every image is predicted to be `prediction`.
-
-    `mean` and `mean_square` are the averages of the images and of their squares; no more is needed. All tensors are
-    (3, h, h) float64 in [0, 1]. The Gaussian takes the scale that is best for these images.
+    Residuals are rounded to an eighth of a grey level. Counts add up over batches and ranks without rounding.
     """
-    if likelihood == "gaussian":
-        squares = mean_square - 2 * prediction * mean + prediction.square()
-        s = squares.mean().sqrt().log().clamp(*LOG_SCALE_BOUNDS)
-        return float((0.5 * squares * torch.exp(-2 * s) + s + 0.5 * math.log(2 * math.pi)).sum())
-    if likelihood == "bernoulli":
-        return float(bernoulli(torch.logit(prediction, 1e-6), mean).sum())
-    logits = _continuous_logit(prediction)
-    return float((bernoulli(logits, mean) - _log_c(logits)).sum())
+    x = x_bchw.expand_as(means_sbchw)
+    residual = torch.nan_to_num(x - means_sbchw).clamp(-1, 1)
+    column = (residual * (FINE * LEVELS)).round().long() + BINS // 2
+    row = (x > 0).long() + (x >= 1).long()
+    return torch.bincount((row * BINS + column).flatten(), minlength=3 * BINS).view(3, BINS)
 
 
-def explained(loss: float, floor: float, mean: float) -> float:
-    """1 - (loss - floor) / (mean - floor): 0 is as good as predicting the mean image, 1 is perfect."""
-    return 1 - (loss - floor) / (mean - floor)
+def bits(counts: Tensor, sigma: float) -> float:
+    """Mean of -log2 P over 8-bit pixel values, given `residual_counts`: P is the Gaussian's mass on the grey level.
+
+    Black takes all the mass below it too, and white all above it, so that the masses of the 256 levels add up to 1.
+    """
+    counts = counts.double().cpu()
+    residual = torch.arange(BINS, dtype=torch.float64).sub(BINS // 2) / (FINE * LEVELS)
+    half = 0.5 / LEVELS
+    black = torch.special.log_ndtr((residual + half) / sigma)
+    white = torch.special.log_ndtr((half - residual) / sigma)
+    near = torch.special.log_ndtr((half - residual.abs()) / sigma)
+    far = torch.special.log_ndtr((-half - residual.abs()) / sigma)
+    inside = near + torch.log1p(-torch.exp(far - near))
+    nats = -(counts * torch.stack([black, inside, white])).sum() / counts.sum()
+    return float(nats) / math.log(2)
+
+
+def explained(error: float, mean_error: float) -> float:
+    """The share of the images' variance that decodings explain: 0 is as good as the mean image, 1 is perfect.
+
+    Both are mean squared errors over the same images: of the decodings, and of the mean training image. The result is
+    NaN if the images do not differ.
+    """
+    return 1 - error / mean_error if mean_error > 0 else math.nan

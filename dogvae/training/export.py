@@ -55,12 +55,13 @@ def export(run: Storage, config: Config, folder: Storage | None = None) -> Stora
         "training": {k: v for k, v in config.to_dict().items() if k not in ("model", "data")},
         "dataset_fingerprint": config.fingerprint,
         "metrics": best.meta["records"][-1],
+        "sigma": best.meta["records"][-1]["val_sigma"],
         "components": len(fitted["mixture.weights"]),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "dogvae": __version__,
     }
     files["preview.png"] = _preview(DogVAE(model, torch.device("cpu"), about, fitted), data)
-    files["README.md"] = _card(about).encode()
+    files["README.md"] = _card(about, model.latent_shape).encode()
     files[CONFIG] = (json.dumps(about, indent=2) + "\n").encode()
     folder = folder or run / FOLDER
     for name in ONNX:  # these files of an earlier export hold other weights
@@ -114,15 +115,17 @@ def _preview(model: DogVAE, data: Dataset) -> bytes:
     return png(grid(pictures, columns=8))
 
 
-def _card(about: dict[str, Any]) -> str:
+def _card(about: dict[str, Any], latent_shape: tuple[int, int, int]) -> str:
     model, training, metrics = about["model"], about["training"], about["metrics"]
-    size, dims = model["image_size"], model["latent_dim"] * 16
+    size = model["image_size"]
+    channels, side, _ = latent_shape
+    dims = channels * side * side
     k = about["components"]
     prior_name = f"mixture of {k} Gaussians" if k > 1 else "Gaussian"
     return f"""# A DogVAE
 
 A variational autoencoder of dog photos: {size}x{size} RGB images to a {dims}-dimensional latent
-({model["latent_dim"]} channels of 4x4) and back. Likelihood: {model["likelihood"]}. Width: {model["width"]}.
+({channels} channels of {side}x{side}) and back. Likelihood: {model["likelihood"]}. Width: {model["width"]}.
 
 ![samples, and a walk between two dogs](preview.png)
 
@@ -131,6 +134,7 @@ A variational autoencoder of dog photos: {size}x{size} RGB images to a {dims}-di
 | negative ELBO | {metrics["val_loss"]:.1f} nats per image |
 | reconstruction | {metrics["val_reconstruction"]:.1f} nats |
 | KL | {metrics["val_kl"]:.1f} nats |
+| bits per dimension | {metrics["val_bits_per_dim"]:.3f} |
 | explained (0: the mean image, 1: perfect) | {metrics["val_explained"]:.3f} |
 | PSNR | {metrics["val_psnr"]:.2f} dB |
 | active latents of {dims} | {metrics["val_active_latents"]} |

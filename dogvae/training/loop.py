@@ -18,7 +18,7 @@ from dogvae import rng
 from dogvae.config import Config, Safety
 from dogvae.data.dataset import Batches, epoch_order, rank_slice
 from dogvae.errors import OutOfMemory, RunFailed
-from dogvae.inference.elbo import baselines, evaluate
+from dogvae.inference.elbo import evaluate, mean_error
 from dogvae.network import likelihood
 from dogvae.storage import Storage
 from dogvae.training import metrics, previews
@@ -73,7 +73,7 @@ class _Run:
         self.trainer = Trainer(config, device)
         check_storage(storage, self.trainer.nbytes)
         self.checkpoints = Checkpoints(storage, observer.note, safety.patience_s)
-        self.meta: dict[str, Any] = {"epoch": 0, "step": 0, "seconds": 0.0, "baselines": None, "records": []}
+        self.meta: dict[str, Any] = {"epoch": 0, "step": 0, "seconds": 0.0, "mean_error": None, "records": []}
         saved = broadcast(on_all_ranks(self._latest))
         if saved is not None:
             self.trainer.load(saved.tensors)
@@ -82,10 +82,8 @@ class _Run:
                 done = self.meta["step"] - self.meta["epoch"] * self.steps
                 workers = f"{self.world_size} worker{'s' if self.world_size > 1 else ''}"
                 observer.note(f"going on in epoch {self.meta['epoch'] + 1} after step {done}, with {workers}")
-        if self.meta["baselines"] is None:
-            self.meta["baselines"] = broadcast(
-                baselines(config.model.likelihood, self.dataset) if self.rank == 0 else None
-            )
+        if self.meta["mean_error"] is None:
+            self.meta["mean_error"] = broadcast(mean_error(self.dataset) if self.rank == 0 else None)
         self.recorder = metrics.Recorder(storage, self.meta["records"], observer.note) if self.rank == 0 else None
         self.saved_at = self.asked_at = time.monotonic()
         self.node_leaves = False  # then there is a checkpoint after every step
@@ -133,8 +131,8 @@ class _Run:
             "epoch": epoch,
             "step": (epoch + 1) * self.steps,
             **described(sums, self.steps),
+            "val_explained": likelihood.explained(val.pop("error"), self.meta["mean_error"]),
             **{f"val_{name}": value for name, value in val.items()},
-            "val_explained": likelihood.explained(val["loss"], *self.meta["baselines"]),
             "val_loss_per_pixel": val["loss"] / (3 * config.model.image_size**2),
             "lr": lr_at(config, last),
             "beta": beta_at(config, last),

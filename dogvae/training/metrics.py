@@ -43,8 +43,10 @@ def best(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 def describe(record: dict[str, Any]) -> str:
     """The validation of an epoch in words, for the console."""
-    loss, reconstruction, kl, explained = (record[f"val_{k}"] for k in ("loss", "reconstruction", "kl", "explained"))
-    return f"loss {loss:.0f} = reconstruction {reconstruction:.0f} + KL {kl:.0f}, explained {explained:.3f}"
+    names = ("loss", "reconstruction", "kl", "explained", "psnr")
+    loss, reconstruction, kl, explained, psnr = (record[f"val_{name}"] for name in names)
+    terms = f"loss {loss:.0f} = reconstruction {reconstruction:.0f} + KL {kl:.0f}"
+    return f"{terms}, explained {explained:.3f}, {psnr:.1f} dB"
 
 
 def json_ready(record: dict[str, Any]) -> dict[str, Any]:

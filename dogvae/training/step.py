@@ -36,10 +36,11 @@ class Trainer:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         # Every rank starts from the same weights, at every world size.
         torch.manual_seed(rng.seed(Stream.WEIGHTS, config.seed))
-        self.model = VAE(config.model).to(device)
-        if device.type == "cuda":
-            self.model = self.model.to(memory_format=torch.channels_last)
-        else:
+        # The default network is a fifth faster with colours innermost, also on CPUs; the notebook's there is not.
+        innermost = device.type == "cuda" or config.model.architecture == "default"
+        self.memory_format = torch.channels_last if innermost else torch.contiguous_format
+        self.model = VAE(config.model).to(device).to(memory_format=self.memory_format)
+        if device.type == "cpu":
             keep_freed_memory()
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
         self.net: Any = self.model
@@ -70,15 +71,14 @@ class Trainer:
         if config.augment:
             flip, degrees = (torch.from_numpy(a[mine]).to(device) for a in draws(n, config.seed, epoch, step))
             x = augment(x, flip, degrees)
-        if device.type == "cuda":
-            x = x.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=self.memory_format)
         self.noise.manual_seed(rng.seed(Stream.POSTERIOR, config.seed, epoch, step))
         noise = torch.randn((config.samples, n, *self.model.latent_shape), generator=self.noise, device=device)
         # Batch norm takes its statistics in passing: should the step be skipped, they are put back.
         before = [buffer.clone() for buffer in self.model.buffers()]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            logits, mu, logvar = self.net(x, noise[:, mine])
-        reconstruction = likelihood.reconstruction(config.model.likelihood, logits, x, self.model.log_scale)
+            outputs, mu, logvar = self.net(x, noise[:, mine])
+        reconstruction = self._reconstruction(outputs, x, n)
         kl = likelihood.kl(mu, logvar)
         beta = beta_at(config, epoch + step / steps)
         objective = self._objective(reconstruction.sum(), kl.sum(), beta, n)
@@ -89,6 +89,18 @@ class Trainer:
         nats = torch.stack([reconstruction.sum() + beta * kl.sum(), reconstruction.sum(), kl.sum()]).detach()
         self.sums.add(len(x), nats, norm, skipped)
         self.streak = (self.streak + 1) * skipped.long()
+
+    def _reconstruction(self, outputs: Tensor, x: Tensor, n: int) -> Tensor:
+        """Negative log likelihood of this rank's images, (b,), with the best sigma for the global batch of `n`."""
+        if self.config.model.likelihood == "bernoulli":
+            return likelihood.bernoulli(outputs, x)
+        errors = likelihood.squared_errors("gaussian", outputs, x)
+        # As a constant, the best sigma gives the same gradients: the loss is flat there.
+        error = errors.detach().double().sum()
+        if self.world_size > 1:
+            dist.all_reduce(error)
+        pixels = x[0].numel()
+        return likelihood.gaussian(errors, likelihood.best_sigma(error, n * pixels).float(), pixels)
 
     def _objective(self, reconstruction: Tensor, kl: Tensor, beta: float, n: int) -> Tensor:
         """This rank's part of the loss of a global batch of `n` images, from sums over its own images."""
