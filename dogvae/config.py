@@ -73,7 +73,7 @@ class ModelConfig(_Checked):
 
     @property
     def latent_side(self) -> int:
-        """Side of the latent map: `latent_size`, or for images of 96, 160, ... pixels the nearest that halving gives."""
+        """Side of the latent map: `latent_size`, or the nearest that halving gives, as for images of 96 pixels."""
         halvings = round(math.log2(self.image_size / self.latent_size))
         while self.image_size % 2**halvings:
             halvings -= 1

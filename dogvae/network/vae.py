@@ -5,6 +5,8 @@ Nothing in it depends on the other images of a batch, so the number of workers a
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,7 +57,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = _widths(config)
         layers: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, widths[0], 3, padding=1), Residual(widths[0])]
-        for above, width in zip(widths, widths[1:], strict=False):
+        for above, width in itertools.pairwise(widths):
             layers += [nn.Conv2d(above, width, 4, stride=2, padding=1), Residual(width)]
         layers += [nn.SiLU(), nn.Conv2d(widths[-1], 2 * config.latent_dim, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
@@ -75,7 +77,7 @@ class Decoder(nn.Module):
         widths = _widths(config)[::-1]
         layers: list[nn.Module] = [nn.Conv2d(config.latent_dim, widths[0], 3, padding=1)]
         layers += [Residual(widths[0]), Residual(widths[0])]
-        for below, width in zip(widths, widths[1:], strict=False):
+        for below, width in itertools.pairwise(widths):
             layers += [nn.Conv2d(below, 4 * width, 1), nn.PixelShuffle(2), Residual(width), Residual(width)]
         pixels = nn.Conv2d(widths[-1], 12, 3, padding=1)
         nn.init.normal_(pixels.weight, std=FIRST_OUTPUT)
