@@ -236,7 +236,7 @@ def posteriors(
     most: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor]:
-    """Posterior means and variances of the first `most` images (default: all), each (n, d * s * s) float32, on the CPU."""
+    """Posterior means and variances of the first `most` images (default: all): (n, d * s * s) float32 on the CPU."""
     n = min(len(split), most or len(split))
     mu, var = [], []
     for x in split.chunks(BATCH, most):
