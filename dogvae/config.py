@@ -12,6 +12,7 @@ from dogvae.errors import UsageError
 
 IMAGE_SIZES = tuple(range(32, 257, 32))
 CROPS = ("center", "box")
+SHOWN, LEAST_EPOCHS = 60_000, 4  # of a run with `epochs` 0: images in all epochs together, and epochs
 REMOVED = (
     "compile",
     "gradient_compression",
@@ -90,7 +91,12 @@ class Config(_Checked):
     preset: str = setting(
         "default", "model", "set of defaults for the other settings", choices=("default", "notebook", "small")
     )
-    epochs: int = setting(50, "training", "passes over the training images", low=1)
+    epochs: int = setting(
+        50,
+        "training",
+        f"passes over the training images; 0: as many as show the network {SHOWN:,} images, at least {LEAST_EPOCHS}",
+        low=0,
+    )
     batch_size: int = setting(
         0, "training", "images per step over all workers; 0: a 40th of the training images", low=0
     )
@@ -134,10 +140,12 @@ class Config(_Checked):
         return {**nested.pop("model"), **nested}
 
     def for_data(self, data: str, fingerprint: str, image_size: int, images: int) -> Config:
-        """A copy for a dataset with that many training images; chooses the batch size if it is 0."""
+        """A copy for a dataset with that many training images; chooses the batch size and the epochs if they are 0."""
         # About 40 steps an epoch (experiments: docs/quality.md): a power of two from 16 to 256.
         batch_size = self.batch_size or min(256, max(16, 2 ** round(math.log2(images / 40))))
-        return self.replace(data=data, fingerprint=fingerprint, image_size=image_size, batch_size=batch_size)
+        epochs = self.epochs or max(LEAST_EPOCHS, round(SHOWN / images))
+        chosen = dict(batch_size=batch_size, epochs=epochs)
+        return self.replace(data=data, fingerprint=fingerprint, image_size=image_size, **chosen)
 
     def replace(self, **changes: Any) -> Config:
         """A checked copy with some settings changed; settings of the model are named as in `flat`."""
@@ -216,5 +224,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         loss_scale="notebook",
     ),
     # Trains within minutes on a laptop.
-    "small": dict(width=16, latent_dim=16, epochs=12, batch_size=16, kl_warmup=3.0),
+    "small": dict(width=24, epochs=0, batch_size=16, kl_warmup=1.0),
 }

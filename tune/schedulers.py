@@ -14,7 +14,7 @@ from tune.space import Space
 
 def make_scheduler(plan: SearchPlan) -> TrialScheduler | None:
     """Ray Tune's scheduler for a plan; None lets every trial end. Raises UsageError if PBT could mutate nothing."""
-    epochs = plan.config.epochs
+    epochs = max(1, plan.config.epochs)  # 0 until the dataset is open
     quarter = max(1, epochs // 4)
     if plan.scheduler == "asha":
         # Asynchronous successive halving (Li et al. 2020): of the trials that reach a rung, the best third goes on.

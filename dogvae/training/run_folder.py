@@ -65,6 +65,10 @@ def open_old(runs: str, name: str | None, settings: dict[str, Any], data: str | 
 
 def _check_kept(config: Config, settings: dict[str, Any]) -> None:
     """UsageError for a setting that differs from that of the run to resume."""
+    if settings.get("epochs") == 0:
+        raise UsageError(
+            "--epochs: a run that goes on needs a number above 0; leave the flag out to keep that of the run"
+        )
     known = config.flat()
     for setting, value in settings.items():
         if setting != "epochs" and value != known[setting]:
