@@ -143,8 +143,8 @@ class Config(_Checked):
 
     def for_data(self, data: str, fingerprint: str, image_size: int, images: int) -> Config:
         """A copy for a dataset with that many training images; chooses the batch size and the epochs if they are 0."""
-        # About 40 steps an epoch (experiments: docs/quality.md): a power of two from 16 to 256.
-        batch_size = self.batch_size or min(256, max(16, 2 ** round(math.log2(images / 40))))
+        # About 40 steps an epoch (experiments: docs/quality.md): a power of two from 16 to 64.
+        batch_size = self.batch_size or min(64, max(16, 2 ** round(math.log2(images / 40))))
         epochs = self.epochs or max(LEAST_EPOCHS, round(SHOWN / images))
         chosen = dict(batch_size=batch_size, epochs=epochs)
         return self.replace(data=data, fingerprint=fingerprint, image_size=image_size, **chosen)
