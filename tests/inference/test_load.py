@@ -138,9 +138,9 @@ def test_config_with_wrong_types_is_refused(changes: dict[str, Any], copy: Path)
 @pytest.mark.parametrize(
     "setting",
     [
-        {"width": "wide"}, {"width": 3}, {"image_size": 33}, {"norm": "none"},  # of no model
-        {"width": 8}, {"latent_dim": 3}, {"norm": "group"}, {"image_size": 64},  # of another model
-        {"likelihood": "gaussian"},
+        {"width": "wide"}, {"width": 3}, {"image_size": 33}, {"latent_size": 5}, {"norm": "batch"},  # of no model
+        {"width": 8}, {"latent_dim": 3}, {"latent_size": 8}, {"image_size": 64},  # of another model
+        {"architecture": "notebook"},
     ],
 )  # fmt: skip
 def test_config_that_does_not_match_the_weights_is_refused(setting: dict[str, Any], copy: Path) -> None:

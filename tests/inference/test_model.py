@@ -36,7 +36,7 @@ def latents(model: DogVAE, dogs: np.ndarray) -> np.ndarray:
 def by_hand(k: int = 3) -> DogVAE:
     """A model of 16-dimensional latents with known priors: a mixture of `k` Gaussians far apart, and one Gaussian."""
     torch.manual_seed(0)
-    small = VAE(ModelConfig(width=4, latent_dim=1, image_size=32))
+    small = VAE(ModelConfig(width=4, latent_dim=1, latent_size=4, image_size=32))
     d = 16
 
     def factors(n: int) -> Tensor:
@@ -54,7 +54,7 @@ def by_hand(k: int = 3) -> DogVAE:
         "directions": torch.eye(2, d),
         "scales": torch.ones(2),
     }
-    return DogVAE(small, torch.device("cpu"), {}, prior)
+    return DogVAE(small, torch.device("cpu"), {"sigma": 0.1}, prior)
 
 
 # --- what is known of the training images
