@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dogvae.inference.load import load
     from dogvae.inference.model import DogVAE
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["DogVAE", "__version__", "load"]
 
 

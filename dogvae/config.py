@@ -108,7 +108,9 @@ class Config(_Checked):
     samples: int = setting(1, "training", "posterior samples per image and step", low=1, high=1000)
     beta: float = setting(1.0, "training", "weight of the KL term", low=0)
     kl_warmup: float = setting(10.0, "training", "epochs over which beta grows linearly from 0", low=0)
-    grad_clip: float = setting(0.0, "training", "clip the gradient norm to this value; 0: no clipping", low=0)
+    grad_clip: float = setting(
+        1000.0, "training", "clip the gradient norm, in nats per image, to this value; 0: no clipping", low=0
+    )
     ema: float = setting(
         0.995,
         "training",
@@ -222,6 +224,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=32,
         epochs=50,
         loss_scale="notebook",
+        grad_clip=0.0,
     ),
     # Trains within minutes on a laptop.
     "small": dict(width=24, epochs=0, batch_size=16, kl_warmup=1.0),

@@ -25,9 +25,7 @@ class Stream(IntEnum):
     VALIDATION = 5  # (chunk): posterior noise of validation
     PREVIEW = 6  # (): the samples that TensorBoard shows
     PRIOR = 7  # (): held-out latents that choose how the prior is fitted
-    CLUSTERS = 8  # (): first centres of the prior's components
     SAMPLE = 9  # (seed, batch): noise of sampled latents
-    COMPONENT = 10  # (seed, batch): which component of the prior each sampled latent comes from
     IMPORTANCE = 11  # (image): samples of the importance-weighted bound
     EXAMPLE = 12  # (): pictures that an ONNX export is tested with
 

@@ -14,7 +14,7 @@ import numpy as np
 from dogvae.config import Config, ModelConfig, check, fields_of
 from dogvae.errors import UsageError
 
-DEFAULT = ("latent_dim=choice(8,16,32,64)", "lr=loguniform(1e-4,1e-2)", "samples=choice(1,3,10)")
+DEFAULT = ("latent_dim=choice(4,8,16,32)", "lr=loguniform(3e-4,1e-2)", "samples=choice(1,3,10)")
 KINDS: dict[str, tuple[type, ...]] = {  # kinds of domains, and the types of settings that each fits
     "choice": (int, float, str, bool),
     "uniform": (float,),

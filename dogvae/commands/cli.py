@@ -67,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--temperature", type=float, default=1.0, help="below 1: more average dogs (default: 1)")
         command.add_argument(
             "--prior",
-            default="mixture",
-            help="mixture or gaussian, both fitted to the training photos, or normal (default: mixture)",
+            default="gaussian",
+            help="gaussian, fitted to the training photos, or normal, N(0, I) (default: gaussian)",
         )
 
     def add_path(command: argparse.ArgumentParser) -> None:

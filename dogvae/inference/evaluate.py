@@ -206,10 +206,9 @@ def table(figures: dict[str, Any], samples: int) -> str:
         ("  reconstruction", f"{figures['reconstruction']:,.1f} nats"),
         ("  KL to N(0, I)", f"{figures['kl']:,.1f} nats"),
         ("  KL to the fitted Gaussian", f"{figures['kl_by_prior']['gaussian']:,.1f} nats"),
-        ("  KL to the fitted mixture", f"{figures['kl_by_prior']['mixture']:,.1f} nats"),
         *(
             (f"-log p(x) at most, {samples} draws, {name}", f"{figures['importance_weighted'][prior]:,.1f} nats")
-            for prior, name in (("normal", "N(0, I)"), ("gaussian", "Gaussian"), ("mixture", "mixture"))
+            for prior, name in (("normal", "N(0, I)"), ("gaussian", "Gaussian"))
         ),
         ("bits per dimension", f"{figures['bits_per_dim']:.3f}"),
         ("explained (0: the mean image, 1: perfect)", f"{figures['explained']:.3f}"),

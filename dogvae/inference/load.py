@@ -61,7 +61,7 @@ def _about(path: str | Path, folder: Storage) -> dict[str, Any]:
         raise UsageError(f"{path} is not an exported model; the export of a run is in RUN/export")
     if (version := about.get("version")) != EXPORT_VERSION:
         older = isinstance(version, int) and version < EXPORT_VERSION
-        remedy = "export it again: dogvae export RUN" if older else "it needs a newer dogvae"
+        remedy = "use dogvae 0.1 for it, or train again" if older else "it needs a newer dogvae"
         raise UsageError(f"{path} has format version {version}, this dogvae reads {EXPORT_VERSION}: {remedy}")
     return about
 

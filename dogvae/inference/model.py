@@ -18,13 +18,13 @@ from dogvae import rng
 from dogvae.data.dataset import Dataset, Split
 from dogvae.errors import UsageError
 from dogvae.inference.user_images import Picture, Pictures, pixels
-from dogvae.network.prior import Mixture
+from dogvae.network.prior import Gaussian
 from dogvae.network.vae import VAE
 from dogvae.pictures import to_uint8
 from dogvae.rng import Stream
 
 SPAN = 3.0  # standard deviations that pictures of a principal direction extend to each side
-PRIORS = ("mixture", "gaussian", "normal")  # the first is the default
+PRIORS = ("gaussian", "normal")  # the first is the default
 METHODS = ("linear", "spherical")
 BATCH = 256  # latents drawn, or training images encoded, at a time; another number would change the samples of a seed
 # Fixed batch of the network, by device type. Shorter batches are padded, so that an image never depends on its batch
@@ -49,15 +49,10 @@ class DogVAE:
         """Standard deviation of a pixel around its decoded value, found in validation."""
         self.latent_shape = model.latent_shape
         dims = math.prod(model.latent_shape)
-        self._priors = {
-            name: Mixture(*(prior[f"{name}.{part}"] for part in ("weights", "means", "factors")))
-            for name in ("mixture", "gaussian")
-        }
+        self._gaussian = Gaussian(prior["gaussian.mean"], prior["gaussian.factor"])
         directions, scales = prior["directions"], prior["scales"]
-        for mixture in self._priors.values():
-            k = len(mixture.weights)
-            if not k or (mixture.means.shape, mixture.factors.shape) != ((k, dims), (k, dims, dims)):
-                raise ValueError("its prior belongs to another model")
+        if (self._gaussian.mean.shape, self._gaussian.factor.shape) != ((dims,), (dims, dims)):
+            raise ValueError("its prior belongs to another model")
         if directions.shape != (len(scales), dims):
             raise ValueError("its directions belong to another model")
         self.directions: np.ndarray = directions.reshape(-1, *self.latent_shape).numpy()
@@ -66,15 +61,15 @@ class DogVAE:
         """Standard deviations (r,) of the training images' posterior means along each direction."""
         self.moves: np.ndarray = self.directions * self.scales[:, None, None, None]
         """The directions (r, d, s, s) scaled to a length of one standard deviation."""
-        self.mean: np.ndarray = self._priors["gaussian"].means[0].reshape(self.latent_shape).numpy()
+        self.mean: np.ndarray = self._gaussian.mean.reshape(self.latent_shape).numpy()
         """Mean latent (d, s, s) of the training images."""
 
     def sample(self, n: int, seed: int = 0, temperature: float = 1.0, prior: str = PRIORS[0], pil: bool = False) -> Any:
         """`n` new dogs (n, h, h, 3) uint8. A seed always gives the same dogs; a smaller `n` gives the first of them.
 
-        `prior`: "mixture" or "gaussian", fitted to the training images' latents, or "normal", N(0, I) as in the
-        notebook. `temperature` scales the distance from the prior's means: below 1, more ordinary dogs. Raises
-        UsageError if an argument is out of range, or if the pictures would not fit into memory.
+        `prior`: "gaussian", fitted to the training images' latents, or "normal", N(0, I) as in the notebook.
+        `temperature` scales the distance from the prior's mean: below 1, more ordinary dogs. Raises UsageError if an
+        argument is out of range, or if the pictures would not fit into memory.
         """
         _check_memory(n, 3 * self.size**2)
         return self._out(np.concatenate(list(self.samples(n, seed, temperature, prior))), pil)
@@ -100,12 +95,7 @@ class DogVAE:
         for batch, start in enumerate(range(0, n, BATCH)):
             # Each batch has its own random stream and is drawn whole, so that a dog does not depend on `n`.
             noise = rng.normal((BATCH, self.mean.size), Stream.SAMPLE, seed, batch)
-            if prior == "normal":
-                z = temperature * noise
-            else:
-                generator = torch.Generator().manual_seed(rng.seed(Stream.COMPONENT, seed, batch))
-                uniform = torch.rand(BATCH, generator=generator)
-                z = self._priors[prior].draw(uniform, noise, temperature)
+            z = temperature * noise if prior == "normal" else self._gaussian.draw(noise, temperature)
             yield z[: n - start].reshape(-1, *self.latent_shape).numpy()
 
     def log_prior(self, latents: np.ndarray, prior: str = PRIORS[0]) -> np.ndarray:
@@ -114,7 +104,7 @@ class DogVAE:
         _check_prior(prior)
         if prior == "normal":
             return torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1).numpy()
-        return self._priors[prior].double().log_prob(z).numpy()
+        return self._gaussian.double().log_prob(z).numpy()
 
     @torch.inference_mode()
     def encode(self, pictures: Pictures) -> np.ndarray:

@@ -56,7 +56,6 @@ def export(run: Storage, config: Config, folder: Storage | None = None) -> Stora
         "dataset_fingerprint": config.fingerprint,
         "metrics": best.meta["records"][-1],
         "sigma": best.meta["records"][-1]["val_sigma"],
-        "components": len(fitted["mixture.weights"]),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "dogvae": __version__,
     }
@@ -91,7 +90,7 @@ def is_export(path: str) -> bool:
 
 
 def _prior(model: VAE, data: Dataset) -> dict[str, Tensor]:
-    """Both priors and the principal directions of the latents, as float32 tensors by name."""
+    """The prior and the principal directions of the latents, as float32 tensors by name."""
     with Progress("exporting") as line:
         mu, var = posteriors(
             model,
@@ -100,11 +99,10 @@ def _prior(model: VAE, data: Dataset) -> dict[str, Tensor]:
             prior.MOST_IMAGES,
             lambda done, total: line.update(done, total, f"encoding image {done:,} of {total:,}"),
         )
-        fits = prior.fit(mu, var, lambda text: line.update(len(mu), len(mu), text))
+        gaussian = prior.fit(mu, var, lambda text: line.update(len(mu), len(mu), text))
     directions, scales = prior.principal(mu, DIRECTIONS)
     tensors = {"directions": directions, "scales": scales}
-    for name, mixture in zip(("gaussian", "mixture"), fits, strict=True):
-        tensors |= {f"{name}.{part}": tensor for part, tensor in vars(mixture).items()}
+    tensors |= {f"gaussian.{part}": tensor for part, tensor in vars(gaussian).items()}
     return {name: tensor.float().contiguous().clone() for name, tensor in tensors.items()}
 
 
@@ -120,8 +118,6 @@ def _card(about: dict[str, Any], latent_shape: tuple[int, int, int]) -> str:
     size = model["image_size"]
     channels, side, _ = latent_shape
     dims = channels * side * side
-    k = about["components"]
-    prior_name = f"mixture of {k} Gaussians" if k > 1 else "Gaussian"
     return f"""# A DogVAE
 
 A variational autoencoder of dog photos: {size}x{size} RGB images to a {dims}-dimensional latent
@@ -142,7 +138,7 @@ A variational autoencoder of dog photos: {size}x{size} RGB images to a {dims}-di
 Best of {training["epochs"]} epochs: epoch {metrics["epoch"] + 1}.
 Dataset fingerprint: `{about["dataset_fingerprint"]}`.
 
-Samples come from a {prior_name}, fitted to the latents of the training photos.
+Samples come from a Gaussian, fitted to the latents of the training photos.
 
     dogvae playground .
     dogvae sample . -n 64 -o samples.png
