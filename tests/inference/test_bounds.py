@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import (
     Bernoulli,
-    Categorical,
     Distribution,
-    MixtureSameFamily,
     MultivariateNormal,
     Normal,
 )
@@ -24,7 +22,6 @@ from dogvae.data.dataset import Dataset, Split
 from dogvae.inference.evaluate import CHUNK, bounds
 from dogvae.inference.model import PRIORS, DogVAE
 from dogvae.network.likelihood import kl
-from dogvae.network.prior import Mixture
 from dogvae.network.vae import VAE
 from dogvae.rng import Stream
 from tests.support.exports import DIMS, Exported
@@ -50,7 +47,7 @@ def images(split: Split) -> Tensor:
 
 
 def random_model(likelihood: str) -> DogVAE:
-    """A model of random weights, and priors with random moments near the model's posteriors."""
+    """A model of random weights, and a prior with random moments near the model's posteriors."""
     config = ModelConfig(image_size=32, width=4, latent_dim=2, latent_size=4, likelihood=likelihood)
     torch.manual_seed(1)
     vae = VAE(config).eval()
@@ -58,11 +55,8 @@ def random_model(likelihood: str) -> DogVAE:
         for i, p in enumerate(vae.parameters()):  # some weights are 0 at first
             p.add_(0.1 * random(*p.shape, seed=i))
     tensors = {"directions": torch.eye(DIMS)[:3], "scales": torch.ones(3)}
-    for name, weights in (("gaussian", [1.0]), ("mixture", [0.3, 0.7])):
-        k = len(weights)
-        factors = torch.eye(DIMS) + 0.1 * random(k, DIMS, DIMS, seed=k).tril()
-        means = 0.3 * random(k, DIMS, seed=10 + k)
-        tensors |= {f"{name}.weights": torch.tensor(weights), f"{name}.means": means, f"{name}.factors": factors}
+    tensors["gaussian.mean"] = 0.3 * random(DIMS, seed=11)
+    tensors["gaussian.factor"] = torch.eye(DIMS) + 0.1 * random(DIMS, DIMS, seed=1).tril()
     return DogVAE(vae, CPU, {"sigma": 0.15}, tensors)
 
 
@@ -78,9 +72,8 @@ def density(model: DogVAE, prior: str) -> Distribution:
     """A prior, in float64, by torch's distributions."""
     if prior == "normal":
         return MultivariateNormal(torch.zeros(DIMS).double(), torch.eye(DIMS).double())
-    fitted: Mixture = model._priors[prior].double()
-    parts = MultivariateNormal(fitted.means, scale_tril=fitted.factors)
-    return MixtureSameFamily(Categorical(fitted.weights), parts)
+    fitted = model._gaussian.double()
+    return MultivariateNormal(fitted.mean, scale_tril=fitted.factor)
 
 
 @torch.no_grad()
@@ -106,7 +99,7 @@ def test_bounds_equal_a_slow_computation(likelihood: str, dataset: Dataset, writ
     got = bounds(model, split, samples, ignore)
     assert got["kl_by_prior"] == pytest.approx({k: np.mean(v) for k, v in kls.items()}, rel=1e-4)
     assert got["importance_weighted"] == pytest.approx({k: np.mean(v) for k, v in weighted.items()}, rel=2e-6)
-    assert len({round(value, 3) for value in got["importance_weighted"].values()}) == 3  # the priors differ
+    assert len({round(value, 3) for value in got["importance_weighted"].values()}) == 2  # the priors differ
 
 
 @torch.no_grad()
@@ -123,8 +116,7 @@ def test_bound_falls_with_the_number_of_draws(model: DogVAE, dataset: Dataset) -
         assert first > second > third
 
 
-def test_fitted_priors_are_nearer_than_the_normal_one(model: DogVAE, dataset: Dataset) -> None:
-    """To the posteriors of the training images, which they are fitted to."""
+def test_fitted_prior_is_nearer_than_the_normal_one(model: DogVAE, dataset: Dataset) -> None:
+    """To the posteriors of the training images, which it is fitted to."""
     got = bounds(model, dataset.train, 16, ignore)["kl_by_prior"]
     assert got["gaussian"] < 0.95 * got["normal"]
-    assert got["mixture"] < 0.95 * got["normal"]

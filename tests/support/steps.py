@@ -69,7 +69,7 @@ def plain_means(model: VAE, x: Tensor, noise: Tensor) -> Tensor:
 
 def plain_sigma(means: Tensor, x: Tensor) -> float:
     """The root mean square of all residuals: the standard deviation under which a Gaussian fits best."""
-    return max(1 / 255, float((means - x).double().square().mean().sqrt()))
+    return max(1 / 255, float((means.detach() - x).double().square().mean().sqrt()))
 
 
 def plain_terms(model: VAE, x: Tensor, noise: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
