@@ -57,7 +57,8 @@ class Bench:
         quick = args.quick
         self.device, self.folder, self.quick = torch.device(args.device), folder, quick
         self.ends = time.monotonic() + 60 * args.minutes
-        self.width, self.rounds, self.steps = (4, 2, 2) if quick else (64, 5, 10)
+        # A width of 0 is that of each network.
+        self.width, self.rounds, self.steps = (4, 2, 2) if quick else (0, 5, 10)
         self.batches = {1: (2, 4), 10: (2,)} if quick else {1: (32, 128, 256, 512, 1024), 10: (32, 128)}
         self.images, self.epochs = (64, 2) if quick else (20_000, 50)
         self.checks: list[dict[str, Any]] = []
@@ -70,7 +71,8 @@ class Bench:
         self.checks.append({"name": name, "ok": bool(ok), "detail": detail})
 
     def config(self, samples: int, batch: int, **settings: Any) -> Config:
-        return Config.make(**{"width": self.width, "samples": samples, "batch_size": batch, **settings})
+        width = {"width": self.width} if self.width else {}
+        return Config.make(**{**width, "samples": samples, "batch_size": batch, **settings})
 
 
 def timed(runs: dict[str, Callable[[], None]], bench: Bench) -> dict[str, list[float]]:
@@ -244,7 +246,7 @@ def training(bench: Bench) -> dict[str, Any]:
     if find_spec("tensorboardX") is None:
         metrics.Recorder = _Lines  # type: ignore[assignment, misc]
     data = Dataset(job.write_photos(bench.folder / "photos", bench.images, val=max(8, bench.images // 20)))
-    config = Config.make(width=bench.width, epochs=bench.epochs)
+    config = bench.config(1, 0, epochs=bench.epochs)
     config = config.for_data(str(data.path), data.fingerprint, data.size, len(data.train))
     storage = Storage(bench.folder / "run")
     began = time.perf_counter()

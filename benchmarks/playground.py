@@ -60,9 +60,10 @@ def untrained(folder: Path) -> Path:
     config = Config.make().for_data(str(data.path), data.fingerprint, SIZE, len(data.train))
     torch.manual_seed(0)
     model = VAE(config.model)
-    torch.nn.init.normal_(model.decoder.layers[-1].weight, std=0.1)  # its initial weights draw flat grey
-    figures = ("loss", "reconstruction", "kl", "explained", "psnr")
-    record = {"epoch": 0, "val_active_latents": 0, **{f"val_{name}": 0.0 for name in figures}}
+    last = [layer for layer in model.decoder.modules() if isinstance(layer, torch.nn.Conv2d)][-1]
+    torch.nn.init.normal_(last.weight, std=0.1)  # its initial weights draw flat grey
+    figures = ("loss", "reconstruction", "kl", "bits_per_dim", "explained", "psnr")
+    record = {"epoch": 0, "val_active_latents": 0, "val_sigma": 0.1, **{f"val_{name}": 0.0 for name in figures}}
     checkpoints = Checkpoints(Storage(folder / "untrained"))
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoints.save(tensors, {"step": 1, "epoch": 1, "val_loss": 0.0, "records": [record]})
@@ -125,14 +126,14 @@ def main() -> None:
         model = json.loads((export / "config.json").read_text())["model"]
     median, p95, p99 = (float(np.percentile(waits_ms, q)) for q in (50, 95, 99))
     figures: dict[str, Any] = {
-        "model": {name: model[name] for name in ("image_size", "width", "latent_dim")},
+        "model": {name: model[name] for name in ("image_size", "width", "latent_dim", "latent_size")},
         "slider_ms": {"count": len(waits_ms), "median": median, "p95": p95, "p99": p99},
         "first_sample_s": first_s,
         "64_samples_s": many_s,
     }
     lines = [
-        f"{model['image_size']} x {model['image_size']} pixels, width {model['width']}, latent {model['latent_dim']}; "
-        "server on 1 core",
+        f"{model['image_size']} x {model['image_size']} pixels, width {model['width']}, latent "
+        f"{model['latent_dim']} x {model['latent_size']} x {model['latent_size']}; server on 1 core",
         f"slider: {len(waits_ms)} answers, median {median:.1f} ms, p95 {p95:.1f}, p99 {p99:.1f}",
         f"one thread, medians of {REPEATS} processes: load and first sample {first_s:.2f} s beyond `import torch`; "
         f"64 samples {many_s:.2f} s",

@@ -1,6 +1,6 @@
 """The least time that a training step can take on this machine, and the share of it that a step reaches.
 
-    python benchmarks/roofline.py [--batch-size 8 --samples 10 --width 64 ...] [--repeats 5] [--json FILE]
+    python benchmarks/roofline.py [--batch-size 8 --samples 10 --width 48 ...] [--repeats 5] [--json FILE]
     python benchmarks/roofline.py --device cuda --batch-size 256 --peak-tflops 989 --peak-gbs 3350
 
 Takes the settings of the model and the training as train_distributed.py does.
@@ -9,8 +9,9 @@ Takes the settings of the model and the training as train_distributed.py does.
              All other layers count as none: memory bounds them
     bytes    counted from the layers: each reads its input and writes its output, one after another, as PyTorch runs
              them. In activations of a layer, forward and backward: convolution 2 and 4, normalisation 3 and 5,
-             activation 2 and 3; the loss 5 of fp32. Weights: read once forward and twice backward. For each weight
-             Adam reads four and writes three fp32 numbers; averaging reads two and writes one more
+             activation 2 and 3, shuffle 2 and 2, residual addition 3 and 3; the loss 5 of fp32. Weights: read once
+             forward and twice backward. For each weight Adam reads four and writes three fp32 numbers; averaging reads
+             two and writes one more
 
 The compute floor is FLOPs / peak FLOP/s, the memory floor is bytes / peak bandwidth. A step takes at least the larger
 one. Without --peak-tflops and --peak-gbs, the peaks are what a matrix product and a copy reach here, in the precision
@@ -31,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import measure
 from dogvae.commands import flags
 from dogvae.config import Config
-from dogvae.network.vae import VAE
+from dogvae.network.vae import VAE, Residual
 from dogvae.training.step import Trainer
 
 Shape = torch.Size
@@ -47,6 +48,10 @@ def bytes_of(layer: nn.Module, before: Shape, after: Shape, item: int) -> int:
         return (read + written) + (2 * read + 2 * written)  # backward: x and dy for dw, dy again for dx, dx itself
     if isinstance(layer, nn.BatchNorm2d | nn.GroupNorm):
         return (2 * read + written) + (4 * read + written)  # both ways: statistics first, then normalise
+    if isinstance(layer, nn.PixelShuffle | nn.PixelUnshuffle):
+        return 2 * (read + written)
+    if isinstance(layer, Residual):  # besides its convolutions: two activations and the addition
+        return (2 * (2 + 3) + 3 + 3) * read
     return (read + written) + (2 * read + written)
 
 
@@ -65,11 +70,11 @@ def count(config: Config) -> dict[str, float]:
         model = VAE(config.model)
         in_decoder = set(model.decoder.modules())
         for layer in model.modules():
-            if not list(layer.children()):
+            if isinstance(layer, Residual) or not list(layer.children()):
                 layer.register_forward_hook(add_bytes)
         with FlopCounterMode(display=False) as counter:
-            logits, mu, logvar = model(torch.empty(1, 3, size, size), torch.empty(1, 1, *model.latent_shape))
-            (logits.sum() + mu.sum() + logvar.sum()).backward()
+            outputs, mu, logvar = model(torch.empty(1, 3, size, size), torch.empty(1, 1, *model.latent_shape))
+            (outputs.sum() + mu.sum() + logvar.sum()).backward()
     flops = {name: sum(by_kind.values()) for name, by_kind in counter.get_flop_counts().items()}
     encoder, decoder = flops["VAE.encoder"] / 1e9, flops["VAE.decoder"] / 1e9
     weights = sum(p.numel() for p in model.parameters())

@@ -10,7 +10,7 @@ global batch, weak scaling keeps the batch of a worker. All take turns, round by
     of unconnected    images/s of n workers, divided by those of n single workers that run at the same time and do not
                       communicate: this is what shared cores and memory allow, whoever trains on them
     exchange          the share of a step that exchanging gradients takes: the step is repeated under DDP's no_sync.
-                      Batch norm's sums are exchanged in both cases
+                      The batch's squared error, a number, is exchanged in both cases
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 import measure
+from dogvae.config import Config
 
 
 def contend(args: argparse.Namespace) -> None:
@@ -28,7 +29,6 @@ def contend(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from dogvae.config import Config
     from dogvae.data.dataset import rank_slice
     from dogvae.training.step import Trainer
 
@@ -39,7 +39,7 @@ def contend(args: argparse.Namespace) -> None:
     if world_size > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     n = args.batch_size
-    trainer = Trainer(Config.make(batch_size=n, samples=args.samples, width=args.width, norm=args.norm), device)
+    trainer = Trainer(Config.make(batch_size=n, samples=args.samples, width=args.width), device)
     images = torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8)[rank_slice(n, rank, world_size)].to(device)
     taken = iter(range(10**9))
 
@@ -89,7 +89,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, (n, batch) in names.items():
         command = measure.child(
             __file__, "--contender", "--threads", args.threads, "--batch-size", batch, "--samples", args.samples,
-            "--width", args.width, "--norm", args.norm, "--device", args.device,
+            "--width", args.width, "--device", args.device,
             "--repeats", args.repeats, "--steps", args.steps,
         )  # fmt: skip
         commands[name] = (measure.ranks(n, command) if n > 1 else command, args.threads)
@@ -133,8 +133,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="of all workers (strong), of each (weak)")
     parser.add_argument("--kinds", nargs="+", choices=("strong", "weak"), default=["strong", "weak"])
     parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--norm", choices=("batch", "group"), default="batch", help="all workers wait for batch norm")
+    parser.add_argument("--width", type=int, default=Config().model.width, help="(default: the default network's)")
     parser.add_argument("--steps", type=int, default=3, help="of each kind in a round (default: 3)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="of each worker (default: 1)")
@@ -146,7 +145,7 @@ def main() -> None:
         return
     rows = compare(args)
     lines = [
-        f"width {args.width}, {args.norm} norm, K = {args.samples}, "
+        f"width {args.width}, K = {args.samples}, "
         f"{args.threads} thread{'s' * (args.threads > 1)} a worker, {args.repeats} rounds of {args.steps} steps",
         f"{'':<10}{'batch':>6}{'images/s':>22}{'efficiency':>20}{'of unconnected':>20}{'exchange':>22}",
     ]

@@ -5,11 +5,12 @@
 
 Ours is `dogvae.training.loop.loop` itself: data, augmentation, averaged weights, the look at what is wanted after each
 step.
-The peers are in peers.py; they have no averaged weights and no checks. `notebook` has the notebook's own network, of a
-little more work (15%, python benchmarks/roofline.py --preset notebook); `ours, notebook` is ours with `--preset
-notebook`, which is the same network and loss. Each contender is a process of its own with --threads threads, or, as 2
-workers, two of half as many; all take turns, a round of --steps each, and the first steps of a process and of a round
-are not timed. Peers that are not installed are left out. On a GPU the peers but the notebook have bf16 too.
+The peers are in peers.py; they have no averaged weights and no checks. `notebook` has the notebook's own network (its
+work: python benchmarks/roofline.py --preset notebook); `ours, notebook` is ours with `--preset notebook`, which is the
+same network and loss. The other peers have our default network. Each contender is a process of its own with --threads
+threads, or, as 2 workers, two of half as many; all take turns, a round of --steps each, and the first steps of a
+process and of a round are not timed. Peers that are not installed are left out. On a GPU the peers but the notebook
+have bf16 too.
 
 The notebook has batches of 32; at K = 10 two cores need 8 s for one, so 8 is what is compared unless you say otherwise.
 """
@@ -28,7 +29,7 @@ import job
 import measure
 
 OURS, OURS_2 = "ours", "ours, 2 workers"
-# What is compared, with which of ours, and what it needs. Each runs with the same batch, K and width.
+# What is compared, with which of ours, and what it needs. Each runs with the same batch and K.
 CONTENDERS: dict[str, tuple[str, str]] = {
     OURS: ("", "torch"),
     "ours, notebook": ("", "torch"),
@@ -103,6 +104,7 @@ def train(config: Any, folder: str, device: Any, turns: measure.Turns | None) ->
 def compare(samples: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All contenders with so many posterior samples: images/s of each round, peak memory, ratios."""
     commands = {}
+    width = ("--width", args.width) if args.width else ()
     for name, (_, needs) in CONTENDERS.items():
         two = name.endswith("2 workers")
         if (two and args.workers < 2) or (args.only and name not in args.only):
@@ -113,7 +115,7 @@ def compare(samples: int, args: argparse.Namespace, folder: Path) -> dict[str, A
         threads = max(1, args.threads // 2) if two else args.threads
         command = measure.child(
             __file__, "--contender", name, "--data", folder / "data", "--folder", folder / f"{name}-{samples}",
-            "--threads", threads, "--samples", samples, "--batch-size", args.batch_size, "--width", args.width,
+            "--threads", threads, "--samples", samples, "--batch-size", args.batch_size, *width,
             "--device", args.device, "--loader-workers", args.loader_workers,
             "--warmup", args.warmup, "--repeats", args.repeats, "--steps", args.steps,
         )  # fmt: skip
@@ -140,7 +142,7 @@ def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--samples", type=int, nargs="+", default=[10, 1], help="posterior samples K (default: 10 1)")
     parser.add_argument("--batch-size", type=int, default=8, help="images a step, over all workers (default: 8)")
-    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--width", type=int, help="(default: that of each network)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps a round (default: 4)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the first round (default: 2)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds (default: 5)")
@@ -162,7 +164,8 @@ def main() -> None:
 
     figures: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k != "json"}, "contenders": {}}
     lines = [
-        f"batch {args.batch_size}, width {args.width}, {args.threads} threads, {args.repeats} x {args.steps} steps"
+        f"batch {args.batch_size}, width {args.width or 'of each network'}, {args.threads} threads, "
+        f"{args.repeats} x {args.steps} steps"
     ]
     with tempfile.TemporaryDirectory() as folder:
         # One epoch: a loop that validates in between would be timed with it.

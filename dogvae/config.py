@@ -171,13 +171,14 @@ class Config(_Checked):
     @staticmethod
     def make_nested(nested: dict[str, Any]) -> Config:
         """A Config from the result of `to_dict`, also from one that an earlier version wrote."""
-        settings = {name: value for name, value in {**nested, **nested["model"]}.items() if name not in REMOVED}
-        del settings["model"]
-        if "latent_size" not in settings:  # written before version 0.2
-            if settings.get("architecture") != "notebook":
+        settings = {name: value for name, value in nested.items() if name not in REMOVED}
+        model = settings.pop("model")
+        if "latent_size" not in model:  # written before version 0.2
+            notebook = {"architecture": "notebook", "norm": "batch", "likelihood": "bernoulli"}
+            if not model.items() >= notebook.items():
                 raise UsageError("its network is of dogvae 0.1: use that version for it, or train again")
-            settings["latent_size"] = PRESETS["notebook"]["latent_size"]
-        return Config.make(**settings)
+            model = {**model, "latent_size": PRESETS["notebook"]["latent_size"]}
+        return Config.make(**{name: value for name, value in model.items() if name not in REMOVED}, **settings)
 
     @staticmethod
     def from_json(text: str, where: str) -> Config:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dogvae.config import Config, ModelConfig
+from dogvae.config import REMOVED, Config, ModelConfig
 from dogvae.errors import UsageError
 from tests.support.settings import SETTINGS, flag_of
 
@@ -21,7 +21,7 @@ WRONG_TYPES: dict[type, list[Any]] = {
     float: [None, "0.1", True, False, [0.1]],
     bool: [None, 0, 1, "yes", 1.0],
 }
-MODEL_NAMES = {"architecture", "image_size", "width", "latent_dim", "norm", "likelihood"}
+MODEL_NAMES = {"architecture", "image_size", "width", "latent_dim", "latent_size", "likelihood"}
 VALUES = {name: st.sampled_from(good) for name, (_, good, _) in SETTINGS.items()} | {
     "data": st.text(max_size=20),
     "lr": st.floats(0, 1, exclude_min=True),
@@ -60,9 +60,9 @@ def test_invalid_value_is_refused_with_a_line_that_names_the_flag(name: str, val
     ("name", "value", "message"),
     [
         ("lr", 0.0, "0.0 is too small, it must be above 0"),
-        ("epochs", 0, "0 is too small, it must be at least 1"),
+        ("epochs", -1, "-1 is too small, it must be at least 0"),
         ("latent_dim", 1025, "1025 is too large, it must be at most 1024"),
-        ("norm", "layer", "'layer' is none of group, batch"),
+        ("latent_size", 5, "5 is none of 4, 8, 16"),
         ("samples", 2.0, "2.0 is not an integer"),
         ("lr", "fast", "'fast' is not a number"),
         ("beta", math.nan, "nan is not a finite number"),
@@ -78,7 +78,7 @@ def test_integer_for_a_float_is_converted() -> None:
     assert (beta, type(beta)) == (2.0, float)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "latentdim", "model", "", "compile", "gradient_compression"])
+@pytest.mark.parametrize("name", ["learning_rate", "latentdim", "model", "", *REMOVED])
 def test_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(UsageError, match=f"called {name};.* latent_dim"):
         Config.make(**{name: 1})
@@ -105,6 +105,23 @@ def test_json_of_an_earlier_version_with_removed_settings_is_read() -> None:
     assert Config.from_json(json.dumps(old), "config.json") == Config.make_nested(old) == Config()
 
 
+def of_0_1(**model: Any) -> str:
+    """The JSON of a run of version 0.1 with the notebook's network, and these changes to it."""
+    nested = Config.make(preset="notebook").to_dict()
+    del nested["model"]["latent_size"]
+    return json.dumps({**nested, "model": {**nested["model"], "norm": "batch", **model}, "compile": "auto"})
+
+
+def test_json_of_version_0_1_with_the_notebooks_network_is_read() -> None:
+    assert Config.from_json(of_0_1(), "config.json") == Config.make(preset="notebook")
+
+
+@pytest.mark.parametrize("other", [{"architecture": "default"}, {"norm": "group"}, {"likelihood": "gaussian"}])
+def test_json_of_version_0_1_with_another_network_is_refused_in_one_line(other: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match=r"^its network is of dogvae 0\.1: use that version for it, or train again$"):
+        Config.from_json(of_0_1(**other), "config.json")
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -117,7 +134,7 @@ def test_json_of_an_earlier_version_with_removed_settings_is_read() -> None:
         "{}",
         '{"model": 3}',
         '{"model": [1]}',
-        '{"model": {"epochs": 3}, "epochs": 3}',
+        '{"model": {"latent_size": 4, "epochs": 3}, "epochs": 3}',
     ],
 )
 def test_other_json_is_refused_with_the_name_of_the_file(text: str) -> None:
@@ -138,10 +155,10 @@ def test_presets_are_defaults_and_the_notebooks_are_those_of_the_notebook() -> N
     assert (config.samples, config.lr, config.batch_size, config.epochs) == (10, 0.001, 32, 50)
     assert (config.schedule, config.lr_warmup, config.ema, config.grad_clip) == ("constant", 0.0, 0.0, 0.0)
     assert (config.beta, config.kl_warmup, config.loss_scale, config.augment) == (1.0, 0.0, "notebook", True)
-    assert config.model == ModelConfig("notebook", 64, 64, 32, "batch", "bernoulli")
+    assert config.model == ModelConfig("notebook", 64, 64, 32, 4, "bernoulli")
     assert Config.make(preset="notebook", samples=3).samples == 3
     small = Config.make(preset="small")
-    assert (small.model.width, small.model.latent_dim, small.epochs) == (16, 16, 12)
+    assert (small.model.width, small.batch_size, small.epochs) == (24, 16, 0)
 
 
 @pytest.mark.parametrize(
@@ -151,3 +168,9 @@ def test_batch_size_is_a_power_of_two_for_about_40_steps_an_epoch(images: int, b
     chosen = Config.make(latent_dim=8, batch_size=0).for_data("dogs", "ab12", 32, images)
     assert chosen == Config.make(latent_dim=8, batch_size=batch, data="dogs", fingerprint="ab12", image_size=32)
     assert Config.make(batch_size=7).for_data("dogs", "ab12", 32, images).batch_size == 7
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(300, 200), (7000, 9), (10**5, 4)])
+def test_epochs_of_0_show_the_network_60000_images_in_at_least_4_epochs(images: int, epochs: int) -> None:
+    assert Config.make(epochs=0).for_data("dogs", "ab12", 32, images).epochs == epochs
+    assert Config.make(epochs=7).for_data("dogs", "ab12", 32, images).epochs == 7

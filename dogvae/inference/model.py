@@ -45,8 +45,10 @@ class DogVAE:
         self.device = device
         self.about = about
         self.size: int = model.config.image_size
-        self.sigma: float = about["sigma"]
+        self.sigma = float(about["sigma"])
         """Standard deviation of a pixel around its decoded value, found in validation."""
+        if not 0 < self.sigma < math.inf:
+            raise ValueError(f"config.json: sigma is {self.sigma}")
         self.latent_shape = model.latent_shape
         dims = math.prod(model.latent_shape)
         self._gaussian = Gaussian(prior["gaussian.mean"], prior["gaussian.factor"])

@@ -213,7 +213,7 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "no samples": ("sample E -n 0 -o dogs.npy", "-n: 0 is too small, it must be at least 1"),
     "seed": ("sample E --seed -1", "--seed: -1 is too small"),
     "temperature": ("sample E --temperature nan -o dogs.npy", "--temperature: nan must be"),
-    "prior": ("sample E --prior banana", "--prior: 'banana' is none of mixture, gaussian, normal"),
+    "prior": ("sample E --prior banana", "--prior: 'banana' is none of gaussian, normal"),
     "device": ("sample E --device banana", "--device: banana is not a device"),
     "missing export": ("sample nowhere", "nowhere is not an exported model"),
     "damaged export": ("sample broken", "broken/model.safetensors is damaged"),

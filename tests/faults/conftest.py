@@ -26,7 +26,7 @@ def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def alone(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Uninterrupted runs of the `VARIANTS` on one rank, four epochs each."""
-    out = {norm: tmp_path_factory.mktemp("alone") / norm for norm in ("batch", "group")}
-    for norm, path in out.items():
-        train(job(dataset, **VARIANTS[norm]), path)
+    out = {variant: tmp_path_factory.mktemp("alone") / variant for variant in VARIANTS}
+    for variant, path in out.items():
+        train(job(dataset, **VARIANTS[variant]), path)
     return out

@@ -38,7 +38,7 @@ def start(tmp_path: Path, dataset: Path) -> Iterator[Start]:
 
 def flags(config: Config) -> list[str]:
     """What to type for `job`."""
-    names = ("width", "latent_dim", "epochs", "samples", "batch_size", "kl_warmup", "ema")
+    names = ("width", "latent_dim", "latent_size", "epochs", "samples", "batch_size", "kl_warmup", "ema")
     settings = {name: config.flat()[name] for name in names}
     typed = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     return ["--data", config.data, "--name", "run", "--cpus", "2", "--checkpoint-every", "7", *typed]

@@ -50,7 +50,7 @@ def test_run_with_a_killed_worker_ends_as_one_without(start: Start, dataset: Pat
 
 @pytest.mark.slow
 def test_search_with_two_workers_a_trial(start: Start, dataset: Path, tmp_path: Path) -> None:
-    fixed = [text for value in ("width=4", "latent_dim=4") for text in ("--set", value)]
+    fixed = [text for value in ("width=4", "latent_dim=4", "latent_size=4") for text in ("--set", value)]
     command = start(
         "-m", "tune", "search", "--data", str(dataset), "--name", "s", "--trials", "2", "--workers-per-trial", "2",
         "--epochs", "2", "--scheduler", "none", "--search", "lr=loguniform(0.001,0.01)", *fixed,

@@ -58,17 +58,17 @@ def assert_close(run: Path, whole: Path, epochs: int = 4) -> None:
 
 
 @pytest.mark.parametrize(
-    ("norm", "stop_at"), [("batch", n) for n in (1, 5, 13, 14, 38, 51)] + [("group", n) for n in (13, 38)]
+    ("variant", "stop_at"), [("default", n) for n in (1, 13, 14, 51)] + [("notebook", n) for n in (1, 5, 13, 38)]
 )
 def test_run_stopped_after_any_step_resumes_to_the_same_bits(
-    dataset: Path, alone: dict[str, Path], tmp_path: Path, norm: str, stop_at: int
+    dataset: Path, alone: dict[str, Path], tmp_path: Path, variant: str, stop_at: int
 ) -> None:
     """After the first step, within epochs of 13 steps, at their ends, and before the very last step."""
-    config = job(dataset, **VARIANTS[norm])
+    config = job(dataset, **VARIANTS[variant])
     train(config, tmp_path, stop_at=stop_at)
     assert len(records(tmp_path)) < config.epochs
     train(config, tmp_path)
-    assert_equal(tmp_path, alone[norm])
+    assert_equal(tmp_path, alone[variant])
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_number_of_ranks_may_change_within_epochs(dataset: Path, alone: dict[str
     train(config, tmp_path, 1, stop_at=20)
     train(config, tmp_path, 3, stop_at=9)
     train(config, tmp_path, 2)
-    assert_close(tmp_path, alone["batch"])
+    assert_close(tmp_path, alone["default"])
 
 
 def test_two_ranks_count_each_image_once_over_an_interruption(
@@ -100,7 +100,7 @@ def test_two_ranks_count_each_image_once_over_an_interruption(
     config = job(dataset)
     train(config, tmp_path, 2, stop_at=18, safety=Safety(checkpoint_s=0))
     train(config, tmp_path, 2, stop_at=9)
-    assert_close(tmp_path, alone["batch"], epochs=2)
+    assert_close(tmp_path, alone["default"], epochs=2)
 
 
 def test_run_resumes_from_a_scheduled_checkpoint_within_an_epoch(dataset: Path, tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_metrics_of_a_resumed_run_are_those_of_its_checkpoint(
     assert len(path.read_text().splitlines()) == 2
     path.unlink()
     if lines:
-        path.write_text("".join((alone["batch"] / "metrics.jsonl").read_text().splitlines(keepends=True)[:lines]))
+        path.write_text("".join((alone["default"] / "metrics.jsonl").read_text().splitlines(keepends=True)[:lines]))
     train(job(dataset), tmp_path)
-    assert_equal(tmp_path, alone["batch"])
+    assert_equal(tmp_path, alone["default"])
 
 
 def test_run_resumes_from_the_checkpoint_before_a_damaged_one(
@@ -137,14 +137,14 @@ def test_run_resumes_from_the_checkpoint_before_a_damaged_one(
     newest = max((tmp_path / "checkpoints").iterdir())
     newest.write_bytes(newest.read_bytes()[:-7])
     train(config, tmp_path)
-    assert_equal(tmp_path, alone["batch"])
+    assert_equal(tmp_path, alone["default"])
 
 
 def test_dataset_may_move_during_an_interruption(dataset: Path, alone: dict[str, Path], tmp_path: Path) -> None:
     config = job(dataset)
     train(config, tmp_path / "run", stop_at=20)
     train(config.replace(data=str(shutil.copytree(dataset, tmp_path / "moved"))), tmp_path / "run")
-    assert_equal(tmp_path / "run", alone["batch"])
+    assert_equal(tmp_path / "run", alone["default"])
 
 
 # --- what is refused
@@ -182,7 +182,7 @@ def test_checkpoints_of_earlier_versions(dataset: Path, tmp_path: Path) -> None:
     train(job(dataset, epochs=1), tmp_path)
     tensors, meta = latest(tmp_path)
     assert meta["streams"] == rng.VERSION
-    removed = {"compile": "auto", "gradient_compression": "none"}
+    removed = {"compile": "auto", "gradient_compression": "none", "norm": "batch"}
     replace_checkpoint(tmp_path, tensors, {**meta, "config": {**meta["config"], **removed}})
     train(job(dataset, epochs=2), tmp_path)
     assert [line["epoch"] for line in records(tmp_path)] == [0, 1]

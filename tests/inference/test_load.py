@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -86,11 +87,17 @@ def test_config_of_another_format_is_refused(data: bytes, copy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "remedy"),
-    [(1, "export it again: dogvae export RUN"), (3, "newer dogvae"), ("2", "newer"), (None, "newer"), ([2], "newer")],
+    [
+        (2, "use dogvae 0.1 for it, or train again"),
+        (4, "newer dogvae"),
+        ("3", "newer"),
+        (None, "newer"),
+        ([3], "newer"),
+    ],
 )
 def test_other_format_version_is_refused(version: Any, remedy: str, copy: Path) -> None:
     message = refused(rewrite(copy, version=version))
-    assert f"format version {version}, this dogvae reads 2" in message
+    assert f"format version {version}, this dogvae reads 3" in message
     assert remedy in message
 
 
@@ -129,6 +136,7 @@ def test_pickle_in_place_of_tensors_is_not_executed(name: str, copy: Path) -> No
     [
         {"model": None}, {"model": []}, {"model": {"colour": "brown"}},
         {"files": None}, {"files": ["model.safetensors"]}, {"files": {"model.safetensors": 5}}, {"files": {}},
+        {"sigma": None}, {"sigma": "wide"}, {"sigma": 0}, {"sigma": -0.1}, {"sigma": math.nan},
     ],
 )  # fmt: skip
 def test_config_with_wrong_types_is_refused(changes: dict[str, Any], copy: Path) -> None:
@@ -138,16 +146,16 @@ def test_config_with_wrong_types_is_refused(changes: dict[str, Any], copy: Path)
 @pytest.mark.parametrize(
     "setting",
     [
-        {"width": "wide"}, {"width": 3}, {"image_size": 33}, {"norm": "none"},  # of no model
-        {"width": 8}, {"latent_dim": 3}, {"norm": "group"}, {"image_size": 64},  # of another model
-        {"likelihood": "gaussian"},
+        {"width": "wide"}, {"width": 3}, {"image_size": 33}, {"latent_size": 5}, {"norm": "batch"},  # of no model
+        {"width": 8}, {"latent_dim": 3}, {"latent_size": 8}, {"image_size": 64},  # of another model
+        {"architecture": "notebook"},
     ],
 )  # fmt: skip
 def test_config_that_does_not_match_the_weights_is_refused(setting: dict[str, Any], copy: Path) -> None:
     assert "is damaged" in refused(rewrite(copy, model={**about(copy)["model"], **setting}))
 
 
-@pytest.mark.parametrize("name", ["model", "files"])
+@pytest.mark.parametrize("name", ["model", "files", "sigma"])
 def test_config_with_a_missing_key_is_refused(name: str, copy: Path) -> None:
     rest = {k: v for k, v in about(copy).items() if k != name}
     (copy / "config.json").write_text(json.dumps(rest))
@@ -157,8 +165,8 @@ def test_config_with_a_missing_key_is_refused(name: str, copy: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("mixture.means", (2, DIMS + 16)), ("mixture.factors", (2, DIMS, DIMS + 1)), ("mixture.weights", (3,)),
-        ("gaussian.means", (1, DIMS - 1)), ("gaussian.factors", (1, 16, 16)), ("gaussian.factors", (2, DIMS, DIMS)),
+        ("gaussian.mean", (DIMS - 1,)), ("gaussian.mean", (1, DIMS)), ("gaussian.factor", (DIMS, DIMS + 1)),
+        ("gaussian.factor", (16, 16)), ("gaussian.factor", (1, DIMS, DIMS)),
         ("directions", (32, DIMS + 1)), ("scales", (31,)),
     ],
 )  # fmt: skip

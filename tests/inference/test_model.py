@@ -13,15 +13,14 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+from torch.distributions import MultivariateNormal
 
 from dogvae.config import ModelConfig
 from dogvae.data.dataset import Dataset
 from dogvae.errors import UsageError
 from dogvae.inference.load import load
 from dogvae.inference.model import PRIORS, DogVAE
-from dogvae.network.prior import Mixture
+from dogvae.network.prior import Gaussian
 from dogvae.network.vae import VAE
 from tests.support.exports import DIMS, LATENT, Exported
 from tests.support.runs import SIZE
@@ -33,28 +32,19 @@ def latents(model: DogVAE, dogs: np.ndarray) -> np.ndarray:
     return model.encode(dogs).reshape(100, DIMS).astype(np.float64)
 
 
-def by_hand(k: int = 3) -> DogVAE:
-    """A model of 16-dimensional latents with known priors: a mixture of `k` Gaussians far apart, and one Gaussian."""
+def by_hand() -> DogVAE:
+    """A model of 16-dimensional latents with a known prior."""
     torch.manual_seed(0)
-    small = VAE(ModelConfig(width=4, latent_dim=1, image_size=32))
+    small = VAE(ModelConfig(width=4, latent_dim=1, latent_size=4, image_size=32))
     d = 16
-
-    def factors(n: int) -> Tensor:
-        loose = torch.randn(n, d, 3 * d)
-        return torch.linalg.cholesky(loose @ loose.mT / (3 * d))
-
-    weights = torch.arange(1.0, k + 1)
+    loose = torch.randn(d, 3 * d)
     prior = {
-        "mixture.weights": weights / weights.sum(),
-        "mixture.means": 4 * torch.randn(k, d),
-        "mixture.factors": factors(k),
-        "gaussian.weights": torch.ones(1),
-        "gaussian.means": torch.randn(1, d),
-        "gaussian.factors": factors(1),
+        "gaussian.mean": torch.randn(d),
+        "gaussian.factor": torch.linalg.cholesky(loose @ loose.mT / (3 * d)),
         "directions": torch.eye(2, d),
         "scales": torch.ones(2),
     }
-    return DogVAE(small, torch.device("cpu"), {}, prior)
+    return DogVAE(small, torch.device("cpu"), {"sigma": 0.1}, prior)
 
 
 # --- what is known of the training images
@@ -118,19 +108,16 @@ def test_latents_of_the_normal_prior_are_standard_normal_and_independent() -> No
         assert abs(np.mean(z[lag:] * z[:-lag])) < 5 / math.sqrt(z.size)
 
 
-def parts_of(model: DogVAE, prior: str) -> Mixture:
-    """The Gaussians of a prior, in float64."""
-    if prior == "normal":
-        return Mixture(torch.ones(1), torch.zeros(1, 16), torch.eye(16)[None]).double()
-    return model._priors[prior].double()
+def gaussian_of(model: DogVAE, prior: str) -> Gaussian:
+    """A prior in float64."""
+    return (Gaussian(torch.zeros(16), torch.eye(16)) if prior == "normal" else model._gaussian).double()
 
 
 @pytest.mark.parametrize("prior", PRIORS)
-def test_temperature_scales_the_distance_from_the_means(prior: str) -> None:
+def test_temperature_scales_the_distance_from_the_mean(prior: str) -> None:
     model = by_hand()
     means = model.sample_latents(300, temperature=0, prior=prior)
-    unique = np.unique(means.reshape(300, 16), axis=0)
-    assert unique == pytest.approx(np.unique(parts_of(model, prior).means.numpy(), axis=0))
+    assert means.reshape(300, 16) == pytest.approx(np.tile(gaussian_of(model, prior).mean.numpy(), (300, 1)))
     plain = model.sample_latents(300, prior=prior)
     for temperature in (0.5, 2.0):
         scaled = model.sample_latents(300, temperature=temperature, prior=prior)
@@ -141,10 +128,9 @@ def test_temperature_scales_the_distance_from_the_means(prior: str) -> None:
 @pytest.mark.parametrize("prior", PRIORS)
 def test_log_prior_equals_torchs_log_prob(prior: str) -> None:
     model = by_hand()
-    latents = model.sample_latents(20, prior="mixture")
-    parts = parts_of(model, prior)
-    gaussians = MultivariateNormal(parts.means, scale_tril=parts.factors, validate_args=False)
-    truth = MixtureSameFamily(Categorical(parts.weights), gaussians)
+    latents = model.sample_latents(20)
+    gaussian = gaussian_of(model, prior)
+    truth = MultivariateNormal(gaussian.mean, scale_tril=gaussian.factor, validate_args=False)
     got = model.log_prior(latents, prior)
     assert got.dtype == np.float64
     assert got == pytest.approx(truth.log_prob(torch.from_numpy(latents).flatten(1).double()).numpy(), rel=1e-9)
@@ -170,7 +156,7 @@ def test_encode_and_decode_are_the_networks(model: DogVAE, dogs: np.ndarray) -> 
     x = torch.from_numpy(dogs[:6].transpose(0, 3, 1, 2).copy()).float() / 255
     with torch.no_grad():
         mu, _ = model.model.encoder(x)
-        decoded = torch.sigmoid(model.model.decoder(mu))  # the mean of a Bernoulli
+        decoded = (model.model.decoder(mu) + 0.5).clip(0, 1)  # the mean of a Gaussian
     got = model.encode(dogs[:6])
     assert got.shape == (6, *LATENT)
     assert got.dtype == np.float32
@@ -274,7 +260,7 @@ REFUSALS: dict[str, tuple[Callable[[DogVAE, np.ndarray], Any], str]] = {
     "negative temperature": (lambda m, z: m.sample(1, temperature=-1), "--temperature: -1 must be"),
     "NaN temperature": (lambda m, z: m.sample(1, temperature=math.nan), "--temperature: nan must be"),
     "infinite temperature": (lambda m, z: m.sample(1, temperature=math.inf), "--temperature: inf must be"),
-    "unknown prior": (lambda m, z: m.sample(1, prior="banana"), "--prior: 'banana' is none of mixture, gaussian"),
+    "unknown prior": (lambda m, z: m.sample(1, prior="banana"), "--prior: 'banana' is none of gaussian, normal"),
     "density of an unknown prior": (lambda m, z: m.log_prior(z, "banana"), "--prior: 'banana' is none of"),
     "density of other latents": (lambda m, z: m.log_prior(z[:, :1]), "latents have shape"),
     "unknown method": (lambda m, z: m.path(z, 4, "curved"), "--method: 'curved' is none of linear, spherical"),

@@ -1,33 +1,34 @@
-"""Likelihoods, KL and scores against torch.distributions, numerical integration, brute force and hand calculation."""
+"""Likelihoods, KL and scores against torch.distributions, brute force and hand calculation."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import ContinuousBernoulli, Normal, kl_divergence
+from torch.distributions import Normal, kl_divergence
 
 from dogvae.network import likelihood
 
-NAMES = ["bernoulli", "continuous-bernoulli", "gaussian"]
-NEAR_ZERO = [0.0, 1e-6, 1e-3, 0.02, 0.049, 0.0499999, 0.0500001, 0.051, 0.09, 0.5]  # a series takes over below 0.05
+F64 = torch.float64
+NAMES = ["bernoulli", "gaussian"]
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
-def bounded(logits: Tensor) -> Tensor:
-    """The documented bound on logits of the continuous Bernoulli."""
-    return 1000 * torch.tanh(logits / 1000)
+def pixels(*shape: int, seed: int = 0) -> Tensor:
+    """8-bit pixel values in [0, 1], a tenth of them black and a tenth white."""
+    kind = uniform(*shape, seed=seed)
+    grey = (255 * uniform(*shape, seed=seed + 1)).round() / 255
+    return torch.where(kind < 0.1, 0.0, torch.where(kind > 0.9, 1.0, grey))
 
 
 def test_kl_equals_that_of_torch() -> None:
@@ -41,143 +42,152 @@ def test_kl_equals_that_of_torch() -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
 
 
-def test_bernoulli_is_cross_entropy_of_probabilities() -> None:
+# --- the likelihoods
+
+
+def test_bernoulli_sums_cross_entropy_over_pixels_and_averages_samples() -> None:
     logits, x = random(2, 5, 3, 4, 4, scale=3), uniform(5, 3, 4, 4)
-    expected = F.binary_cross_entropy(torch.sigmoid(logits), x.expand_as(logits), reduction="none")
-    torch.testing.assert_close(likelihood.bernoulli(logits, x), expected, rtol=1e-10, atol=1e-12)
+    terms = F.binary_cross_entropy(torch.sigmoid(logits), x.expand_as(logits), reduction="none")
+    got = likelihood.bernoulli(logits, x)
+    assert got.shape == (5,)
+    torch.testing.assert_close(got.double(), terms.sum(dim=(2, 3, 4)).mean(dim=0), rtol=1e-6, atol=0)
 
 
-def test_continuous_bernoulli_equals_that_of_torch() -> None:
-    logits = random(1000, scale=4)
-    logits = torch.cat([logits[logits.abs() > 0.1], torch.tensor([s * v for v in NEAR_ZERO for s in (1, -1)]).double()])
-    for x in (uniform(len(logits)), torch.zeros(len(logits)).double(), torch.ones(len(logits)).double()):
-        expected = -ContinuousBernoulli(logits=bounded(logits)).log_prob(x)
-        torch.testing.assert_close(likelihood.continuous_bernoulli(logits, x), expected, rtol=0, atol=1e-7)
+@pytest.mark.parametrize("name", NAMES)
+def test_terms_of_bfloat16_outputs_are_computed_in_float32(name: str) -> None:
+    outputs, x = random(1, 1, 3, 64, 64).bfloat16(), uniform(1, 3, 64, 64)
+    exact = outputs[0].double()
+    if name == "bernoulli":
+        got, expected = likelihood.bernoulli(outputs, x), F.binary_cross_entropy_with_logits(exact, x, reduction="sum")
+    else:
+        got, expected = likelihood.squared_errors(name, outputs, x), (exact + 0.5 - x).square().sum()
+    assert got.dtype == torch.float32
+    assert float(got) == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("logit", [-50.0, -5.0, -0.051, -0.049, 0.0, 0.01, 0.0499999, 0.0500001, 1.0, 30.0])
-def test_continuous_bernoulli_is_a_density_with_the_decoded_mean(logit: float) -> None:
-    """By integration over [0, 1]."""
-    x = torch.linspace(0, 1, 20001, dtype=torch.float64)
-    logits = torch.full_like(x, logit)
-    density = torch.exp(-likelihood.continuous_bernoulli(logits, x))
-    assert float(torch.trapezoid(density, x)) == pytest.approx(1, abs=1e-6)
-    mean = float(likelihood.decoded_mean("continuous-bernoulli", logits)[0])
-    assert mean == pytest.approx(float(torch.trapezoid(density * x, x)), abs=1e-6)
+def test_squared_errors_sum_over_pixels_and_average_samples() -> None:
+    outputs, x = random(3, 4, 3, 8, 8), uniform(4, 3, 8, 8)
+    for name, means in (("bernoulli", 1 / (1 + torch.exp(-outputs))), ("gaussian", outputs + 0.5)):
+        got = likelihood.squared_errors(name, outputs, x)
+        assert got.shape == (4,)
+        for b in range(4):
+            terms = [float((means[s, b] - x[b]).square().sum()) for s in range(3)]
+            assert float(got[b]) == pytest.approx(sum(terms) / 3, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("raw", "scale"), [(raw, (1 / 255) ** (1 / (1 + math.exp(raw)))) for raw in (-3.0, 0.0, 4.0)] + [(1e4, 1.0)]
-)
-def test_gaussian_equals_that_of_torch(raw: float, scale: float) -> None:
-    """The sigmoid of the raw parameter interpolates log(scale) between one grey level and the whole range."""
-    logits, x = random(2, 5, 3, 4, 4, scale=2), uniform(5, 3, 4, 4)
-    expected = -Normal(torch.sigmoid(logits), scale).log_prob(x)
-    got = likelihood.gaussian(logits, x, torch.tensor(raw, dtype=torch.float64))
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
-    smallest = likelihood.gaussian(logits, x, torch.tensor(-1e4, dtype=torch.float64))
-    torch.testing.assert_close(smallest, -Normal(torch.sigmoid(logits), 1 / 255).log_prob(x), rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("sigma", [1 / 255, 0.1, 1.0])
+def test_gaussian_is_the_density_per_grey_level(sigma: float) -> None:
+    """That of torch's Normal, on pixels scaled to 0..255."""
+    outputs, x = random(2, 5, 3, 4, 4, scale=0.2), pixels(5, 3, 4, 4)
+    errors = (outputs + 0.5 - x).square().sum(dim=(2, 3, 4)).mean(dim=0)
+    expected = -Normal(255 * (outputs + 0.5), 255 * sigma).log_prob(255 * x).sum(dim=(2, 3, 4)).mean(dim=0)
+    torch.testing.assert_close(likelihood.gaussian(errors, sigma, 48), expected, rtol=1e-6, atol=1e-4)
+
+
+def test_best_sigma_minimises_the_gaussian_term() -> None:
+    errors = 48 * uniform(5)  # of 5 images with 48 pixels
+    best = likelihood.best_sigma(errors.sum(), 5 * 48)
+    least = float(likelihood.gaussian(errors, best, 48).sum())
+    for factor in (0.1, 0.5, 0.99, 0.999, 1.001, 1.01, 2.0, 10.0):
+        assert float(likelihood.gaussian(errors, factor * best, 48).sum()) > least
+
+
+def test_best_sigma_is_at_least_one_grey_level() -> None:
+    for residual, sigma in ((0.0, 1.0), (0.99, 1.0), (1.01, 1.01), (255.0, 255.0)):  # in grey levels
+        error = torch.tensor(48 * (residual / 255) ** 2, dtype=F64)
+        assert float(likelihood.best_sigma(error, 48)) == pytest.approx(sigma / 255, rel=1e-9)
+
+
+def test_best_sigma_as_a_constant_gives_the_gradient_of_half_the_log_of_the_squared_error() -> None:
+    """Rybkin, Daniilidis & Levine 2021: the term with the best sigma is pixels / 2 * log(MSE) plus a constant."""
+    outputs, x = random(2, 5, 3, 4, 4, scale=0.2).requires_grad_(), pixels(5, 3, 4, 4)
+    errors = likelihood.squared_errors("gaussian", outputs, x)
+    sigma = likelihood.best_sigma(errors.detach().sum(), x.numel())
+    (got,) = torch.autograd.grad(likelihood.gaussian(errors, sigma, 48).sum(), outputs)
+    (expected,) = torch.autograd.grad(x.numel() / 2 * (outputs + 0.5 - x).square().mean().log(), outputs)
+    assert float((got - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoded_mean_is_monotonic_within_0_and_1(name: str) -> None:
-    for logits in (torch.tensor([-1e4, -9.0, 0.0, 0.05, 9.0, 1e4]), torch.linspace(-1, 1, 101)):
-        mean = likelihood.decoded_mean(name, logits)
-        assert mean.min() >= 0
-        assert mean.max() <= 1
-        assert (mean.diff() >= -1e-6).all()
-        if name != "continuous-bernoulli":
-            torch.testing.assert_close(mean, 1 / (1 + torch.exp(-logits)))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_reconstruction_sums_pixels_and_averages_samples(name: str) -> None:
-    logits, x, scale = random(3, 4, 3, 8, 8), uniform(4, 3, 8, 8), torch.tensor(0.3)
-    got = likelihood.reconstruction(name, logits, x, scale)
-    assert got.shape == (4,)
-    for b in range(4):
-        terms = [likelihood.LIKELIHOODS[name](logits[s, b], x[b], scale).sum() for s in range(3)]
-        assert float(got[b]) == pytest.approx(float(sum(terms)) / 3, rel=1e-5)
-
-
-def test_reconstruction_of_bfloat16_is_computed_in_float32() -> None:
-    logits, x = random(1, 1, 3, 64, 64).bfloat16(), uniform(1, 3, 64, 64)
-    got = likelihood.reconstruction("bernoulli", logits, x)
-    assert got.dtype == torch.float32
-    exact = F.binary_cross_entropy_with_logits(logits[0].double(), x, reduction="sum")
-    assert float(got) == pytest.approx(float(exact), rel=1e-5)
+    outputs = torch.cat([torch.tensor([-1e4, -9.0]), torch.linspace(-1, 1, 101), torch.tensor([9.0, 1e4])])
+    shown = likelihood.decoded_mean(name, outputs)
+    expected = 1 / (1 + torch.exp(-outputs)) if name == "bernoulli" else (outputs + 0.5).clip(0, 1)
+    torch.testing.assert_close(shown, expected)
+    assert (shown.diff() >= 0).all()
+    assert (shown.min(), shown.max()) == (0, 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [-1e4, -100.0, 0.0, 100.0, 1e4])
-def test_extreme_logits_have_finite_losses_and_gradients(name: str, value: float) -> None:
+def test_extreme_outputs_have_finite_terms_and_gradients(name: str, value: float) -> None:
     for pixel in (0.0, 0.5, 1.0):
-        logits = torch.full((1, 1, 1, 1, 1), value, requires_grad=True)
-        scale = torch.tensor(value, requires_grad=True)
-        total = likelihood.reconstruction(name, logits, torch.full((1, 1, 1, 1), pixel), scale).sum()
+        outputs, x = torch.full((1, 1, 1, 1, 1), value, requires_grad=True), torch.full((1, 1, 1, 1), pixel)
+        if name == "bernoulli":
+            total = likelihood.bernoulli(outputs, x).sum()
+        else:
+            errors = likelihood.squared_errors(name, outputs, x)
+            total = likelihood.gaussian(errors, likelihood.best_sigma(errors.detach().sum(), 1), 1).sum()
         total.backward()
         assert torch.isfinite(total)
-        assert logits.grad is not None
-        assert torch.isfinite(logits.grad).all()
-        assert scale.grad is None or torch.isfinite(scale.grad)
+        assert outputs.grad is not None
+        assert torch.isfinite(outputs.grad).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_equal_finite_differences(name: str) -> None:
-    logits = torch.tensor([-12.0, -3.0, -0.06, -0.03, 0.0, 0.02, 0.07, 5.0], dtype=torch.float64, requires_grad=True)
-    scale, x = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), uniform(8)
-    assert torch.autograd.gradcheck(
-        lambda *inputs: likelihood.LIKELIHOODS[name](inputs[0], x, inputs[1]), (logits, scale)
-    )
+# --- bits of 8-bit pixels
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_floor_table_is_the_minimum_over_a_grid(name: str) -> None:
-    x = torch.arange(256, dtype=torch.float64) / 255
-    if name == "gaussian":
-        means, scales = torch.linspace(0, 1, 256).double(), torch.logspace(math.log10(1 / 255), 0, 50).double()
-        scores = -Normal(means[:, None, None], scales[None, :, None]).log_prob(x).flatten(0, 1)
-    elif name == "bernoulli":
-        p = torch.linspace(0, 1, 20001, dtype=torch.float64)[:, None].clamp(1e-12, 1 - 1e-12)
-        scores = -(x * p.log() + (1 - x) * (1 - p).log())
-    else:
-        logits = 1000 * torch.linspace(-1, 1, 18002, dtype=torch.float64)[:, None] ** 5  # dense near 0
-        # The density is |l| exp(-|l| d) / (1 - exp(-|l|)), d from the nearer end. torch's own ends at logits of 36.
-        size, distance = logits.abs(), torch.where(logits > 0, 1 - x, x)
-        scores = -(size.log() - size * distance - (-torch.expm1(-size)).log())
-    table = likelihood.floor_table(name)
-    assert table.shape == (256,)
-    assert table.dtype == np.float64
-    assert np.abs(table - scores.min(dim=0).values.numpy()).max() < 5e-4  # nats per pixel, from the width of the grid
+def mass(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
+    """The Gaussian's mass on the grey level of each pixel; black and white take the tails. Differences of cdf."""
+    normal = Normal(mean, torch.full_like(mean, sigma))
+    above = torch.where(x == 1, 1.0, normal.cdf(x + 0.5 / 255))
+    below = torch.where(x == 0, 0.0, normal.cdf(x - 0.5 / 255))
+    return above - below
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_flat_score_is_the_average_over_images(name: str) -> None:
-    x = uniform(7, 3, 4, 4)
-    prediction = 0.15 + 0.7 * uniform(3, 4, 4, seed=1)  # means that the bounded continuous Bernoulli can have
-    got = likelihood.flat_score(name, prediction, x.mean(dim=0), x.square().mean(dim=0))
-    if name == "bernoulli":
-        terms, tolerance = F.binary_cross_entropy(prediction.expand_as(x), x, reduction="none"), 1e-8
-    elif name == "gaussian":  # with the best of many scales
-        scales = torch.logspace(math.log10(1 / 255), 0, 4001, dtype=torch.float64)
-        averages = torch.stack([-Normal(prediction, s).log_prob(x).sum(dim=(1, 2, 3)).mean() for s in scales])
-        terms, tolerance = -Normal(prediction, scales[averages.argmin()]).log_prob(x), 1e-4
-    else:  # with the logit that has this mean, by bisection
-        low, high = torch.full_like(prediction, -1000.0), torch.full_like(prediction, 1000.1)  # the middle is never 0
-        for _ in range(60):
-            middle = (low + high) / 2
-            below = middle.expm1().reciprocal().add(1) - middle.reciprocal() < prediction  # the density is ~ exp(l x)
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        terms, tolerance = -ContinuousBernoulli(logits=low).log_prob(x), 2e-3
-    assert got == pytest.approx(float(terms.sum(dim=(1, 2, 3)).mean()), abs=tolerance)
+@pytest.mark.parametrize("sigma", [1 / 255, 0.02, 0.2, 1.0])
+@pytest.mark.parametrize(("eighths", "tolerance"), [(True, 1e-8), (False, 2e-3)])
+def test_bits_equal_a_direct_computation(sigma: float, eighths: bool, tolerance: float) -> None:
+    """Exactly if residuals are multiples of an eighth of a grey level, else up to the rounding to it."""
+    x = pixels(40, 3, 16, 16)
+    furthest = min(4 * sigma, 1)  # residuals beyond 1 count as 1
+    means = x + (2 * sigma * random(2, 40, 3, 16, 16, seed=3)).clip(-furthest, furthest)  # also outside of [0, 1]
+    if eighths:
+        means = (means * 8 * 255).round() / (8 * 255)
+    expected = -mass(x.expand_as(means), means, sigma).log2().mean()
+    counts = likelihood.residual_counts(means.float(), x.float())
+    assert likelihood.bits(counts, sigma) == pytest.approx(float(expected), abs=tolerance)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_flat_score_of_black_and_white_images_is_the_finite_floor(name: str) -> None:
-    x = torch.zeros(3, 2, 2, dtype=torch.float64)
-    x[:, 1] = 1
-    floor = float(likelihood.floor_table(name)[(x * 255).int().numpy()].sum())
-    assert likelihood.flat_score(name, x, x, x) == pytest.approx(floor, abs=2e-3)
+@pytest.mark.parametrize("mean", [-0.02, 0.0, 0.3, 1.0, 1.03])
+@pytest.mark.parametrize("sigma", [1 / 255, 0.1, 0.2])
+def test_masses_of_the_256_levels_add_up_to_one(mean: float, sigma: float) -> None:
+    mean = round(mean * 8 * 255) / (8 * 255)
+    means, total = torch.full((1, 1, 1, 1, 1), mean), 0.0
+    for level in range(256):
+        x = torch.full((1, 1, 1, 1), level / 255)
+        total += 2 ** -likelihood.bits(likelihood.residual_counts(means, x), sigma)
+    assert total == pytest.approx(1, abs=1e-6)
+
+
+def test_residual_counts_of_batches_add_up() -> None:
+    x, means = pixels(6, 3, 8, 8).float(), uniform(2, 6, 3, 8, 8, seed=5).float()
+    counts = likelihood.residual_counts(means, x)
+    parts = [likelihood.residual_counts(means[:, part], x[part]) for part in (slice(0, 2), slice(2, 6))]
+    assert torch.equal(counts, parts[0] + parts[1])
+    assert counts.dtype == torch.int64
+    black, white = int((x == 0).sum()), int((x == 1).sum())
+    assert counts.sum(dim=1).tolist() == [2 * black, 2 * (x.numel() - black - white), 2 * white]
+
+
+def test_residual_counts_and_bits_of_nan_do_not_crash() -> None:
+    x = pixels(1, 3, 8, 8).float()
+    counts = likelihood.residual_counts(torch.full((1, 1, 3, 8, 8), math.nan), x)
+    assert counts.sum() == x.numel()
+    assert math.isnan(likelihood.bits(counts, math.nan))
+
+
+# --- scores
 
 
 def test_psnr_by_hand() -> None:
@@ -188,8 +198,11 @@ def test_psnr_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "floor", "mean", "expected"),
-    [(100, 100, 300, 1), (300, 100, 300, 0), (150, 100, 300, 0.75), (400, 100, 300, -0.5), (-150, -200, 0, 0.75)],
+    ("error", "mean_error", "expected"), [(0.0, 0.5, 1), (0.5, 0.5, 0), (0.125, 0.5, 0.75), (1.0, 0.5, -1)]
 )
-def test_explained_by_hand(loss: float, floor: float, mean: float, expected: float) -> None:
-    assert likelihood.explained(loss, floor, mean) == expected
+def test_explained_is_1_when_perfect_and_0_for_the_mean_image(error: float, mean_error: float, expected: float) -> None:
+    assert likelihood.explained(error, mean_error) == expected
+
+
+def test_explained_of_images_that_do_not_differ_is_nan() -> None:
+    assert math.isnan(likelihood.explained(0.1, 0.0))

@@ -1,4 +1,4 @@
-"""Batch normalisation over 2 and 3 ranks, with uneven and empty slices, against torch's on the whole batch."""
+"""The notebook's batch normalisation over 2 and 3 ranks, with uneven and empty slices, against torch's on all."""
 
 from __future__ import annotations
 

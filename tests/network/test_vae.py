@@ -1,28 +1,31 @@
-"""The network: shapes, normalisation, posterior samples, and gradients equal to those of the reference notebook."""
+"""The networks: shapes, first pictures, posterior samples, and gradients equal to those of the reference notebook."""
 
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import ContinuousBernoulli
 
 from dogvae import rng
-from dogvae.config import Config, ModelConfig
+from dogvae.config import IMAGE_SIZES, Config, ModelConfig
 from dogvae.network import likelihood
-from dogvae.network.vae import LOGVAR_BOUND, VAE, Encoder
+from dogvae.network.vae import LOGVAR_BOUND, VAE, Encoder, Residual
 from dogvae.rng import Stream
 from dogvae.training.step import Trainer
 from peers import NotebookVAE
 
 CPU = torch.device("cpu")
+ARCHITECTURES = ["default", "notebook"]
+LATENT_SIZES = [4, 8, 16]
+SIDES = {96: {4: 3, 8: 6, 16: 12}}  # of latent maps, where they differ from `latent_size`
 
 
 def config_of(**settings: object) -> ModelConfig:
-    return ModelConfig(**{"image_size": 32, "width": 8, "latent_dim": 3, "norm": "group", **settings})
+    return ModelConfig(**{"image_size": 32, "width": 8, "latent_dim": 3, "latent_size": 4, **settings})
 
 
 def randomised(model: VAE) -> VAE:
@@ -39,49 +42,50 @@ def randomised(model: VAE) -> VAE:
     return model
 
 
-@pytest.mark.parametrize(
-    ("architecture", "norm", "size"),
-    list(itertools.product(["default", "notebook"], ["group", "batch"], [32, 64, 128])),
-)
-def test_shapes(architecture: str, norm: str, size: int) -> None:
-    model = VAE(config_of(architecture=architecture, norm=norm, image_size=size))
-    assert model.latent_shape == (3, 4, 4)
-    logits, mu, logvar = model(torch.rand(2, 3, size, size), torch.randn(5, 2, 3, 4, 4))
-    assert logits.shape == (5, 2, 3, size, size)
-    assert mu.shape == logvar.shape == (2, 3, 4, 4)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("size", "latent_size"), list(itertools.product([32, 64, 96, 128], LATENT_SIZES)))
+def test_shapes(architecture: str, size: int, latent_size: int) -> None:
+    model = VAE(config_of(architecture=architecture, width=4, image_size=size, latent_size=latent_size))
+    s = SIDES.get(size, {}).get(latent_size, latent_size)
+    assert model.latent_shape == (3, s, s)
+    outputs, mu, logvar = model(torch.rand(2, 3, size, size), torch.randn(5, 2, 3, s, s))
+    assert outputs.shape == (5, 2, 3, size, size)
+    assert mu.shape == logvar.shape == (2, 3, s, s)
     assert mu.dtype == logvar.dtype == torch.float32
     assert model.decode_mean(mu).shape == (2, 3, size, size)
-    kinds = {type(module) for module in model.modules()}
-    assert (nn.GroupNorm in kinds) == (norm == "group")
-    assert any(issubclass(kind, nn.BatchNorm2d) for kind in kinds) == (norm == "batch")
 
 
-@pytest.mark.parametrize(("size", "widths"), [(32, [8, 16, 32]), (64, [8, 16, 32, 64]), (128, [8, 16, 32, 64, 64])])
-def test_widths_double_up_to_eight_times(size: int, widths: list[int]) -> None:
-    model = VAE(config_of(image_size=size))
-    encoder = [m.out_channels for m in model.encoder.modules() if isinstance(m, nn.Conv2d)]
-    decoder = [m.out_channels for m in model.decoder.modules() if isinstance(m, nn.ConvTranspose2d)]
-    assert encoder == [*widths, 6]
-    assert decoder == [*reversed(widths), 3]
+@pytest.mark.parametrize(("size", "latent_size"), list(itertools.product(IMAGE_SIZES, LATENT_SIZES)))
+def test_side_of_the_latent_map_is_the_nearest_that_halving_gives(size: int, latent_size: int) -> None:
+    sides = [size // 2**k for k in range(9) if size % 2**k == 0]
+    nearest = min(sides, key=lambda side: abs(math.log(side / latent_size)))
+    assert config_of(image_size=size, latent_size=latent_size).latent_side == nearest
 
 
-def test_group_norm_works_with_every_width_and_has_groups_of_eight_channels() -> None:
-    with torch.device("meta"):  # shapes only: the largest network would fill gigabytes
-        models = {width: VAE(config_of(width=width, image_size=32)) for width in range(4, 513)}
-    groups = {width: [m for m in models[width].modules() if isinstance(m, nn.GroupNorm)] for width in (4, 32)}
-    assert all(m.num_channels == 8 * m.num_groups for m in groups[32])
-    assert all(m.num_groups == 1 for m in groups[4] if m.num_channels < 16)
-
-
-def test_only_the_gaussian_learns_a_scale() -> None:
-    for name in ("bernoulli", "continuous-bernoulli"):
-        assert VAE(config_of(likelihood=name)).log_scale is None
-    assert "log_scale" in dict(VAE(config_of(likelihood="gaussian")).named_parameters())
+@pytest.mark.parametrize(
+    ("size", "latent_size", "widths"),
+    [
+        (32, 16, [8]),
+        (32, 4, [8, 16, 32]),
+        (64, 8, [8, 16, 32]),
+        (64, 4, [8, 16, 32, 32]),
+        (128, 4, [8, 16, 32, 32, 32]),
+    ],
+)
+def test_widths_double_up_to_four_times(size: int, latent_size: int, widths: list[int]) -> None:
+    """An encoder has one residual block for each stage, a decoder has two."""
+    model = VAE(config_of(image_size=size, latent_size=latent_size))
+    encoder, decoder = (
+        [m.first.out_channels for m in part.modules() if isinstance(m, Residual)]
+        for part in (model.encoder, model.decoder)
+    )
+    assert encoder == widths
+    assert decoder == [width for width in reversed(widths) for _ in range(2)]
 
 
 def test_log_variance_is_bounded() -> None:
     """With huge weights in the last layer the KL and its gradients stay finite."""
-    encoder = Encoder(ModelConfig(image_size=32, width=8, latent_dim=4))
+    encoder = Encoder(config_of())
     with torch.no_grad():
         encoder.layers[-1].weight.mul_(1e6)  # type: ignore[union-attr,operator]
     mu, logvar = encoder(torch.rand(4, 3, 32, 32))
@@ -91,29 +95,102 @@ def test_log_variance_is_bounded() -> None:
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in encoder.parameters())
 
 
-@pytest.mark.parametrize(("samples", "norm"), [(1, "group"), (3, "group"), (3, "batch")])
-def test_samples_are_mu_plus_sigma_times_noise_and_decoded_independently(samples: int, norm: str) -> None:
+# --- the default network
+
+
+def test_residual_block_begins_as_the_identity() -> None:
+    x = torch.randn(2, 8, 5, 5)
+    block = Residual(8)
+    assert torch.equal(block(x), x)
+    with torch.no_grad():
+        block.second.weight.normal_()
+    assert (block(x) - x).abs().min() > 0
+
+
+@pytest.mark.parametrize("name", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("latent_size", LATENT_SIZES)
+def test_first_pictures_are_flat_grey(name: str, latent_size: int) -> None:
     torch.manual_seed(0)
-    model = randomised(VAE(config_of(norm=norm))).eval()
+    model = VAE(ModelConfig(image_size=64, latent_size=latent_size, likelihood=name))
+    pictures = model.decode_mean(torch.randn(8, *model.latent_shape))
+    assert (pictures - 0.5).abs().max() < 0.05
+    assert pictures.std() > 0  # of weights of 0 the gradients in front of them would be 0
+
+
+@pytest.mark.parametrize(
+    ("channel", "colour"),
+    [
+        (0, [1 / math.sqrt(3)] * 3),
+        (1, [0.5 / math.sqrt(2), 0, -0.5 / math.sqrt(2)]),
+        (2, [0.5 / math.sqrt(6), -1 / math.sqrt(6), 0.5 / math.sqrt(6)]),
+    ],
+)
+def test_outputs_are_brightness_red_against_blue_and_green_against_magenta(channel: int, colour: list[float]) -> None:
+    decoder = VAE(config_of()).decoder
+    last = [m for m in decoder.modules() if isinstance(m, nn.Conv2d)][-1]
+    assert last.bias is not None
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias[4 * channel : 4 * channel + 4] = 1  # of the four pixels that one pixel is shuffled into
+    outputs = decoder(torch.randn(1, 3, 4, 4))
+    torch.testing.assert_close(outputs, torch.tensor(colour)[:, None, None].expand(1, 3, 32, 32), rtol=0, atol=1e-6)
+
+
+def test_image_does_not_depend_on_its_batch_mates() -> None:
+    torch.manual_seed(0)
+    model = randomised(VAE(config_of())).train()
+    assert not list(model.buffers())
+    x, noise = torch.rand(5, 3, 32, 32), torch.randn(2, 5, 3, 4, 4)
+    together = model(x, noise)
+    for b in range(5):
+        alone = model(x[b : b + 1], noise[:, b : b + 1])
+        torch.testing.assert_close(together[0][:, b], alone[0][:, 0], rtol=1e-5, atol=1e-5)
+        for whole, one in zip(together[1:], alone[1:], strict=True):
+            torch.testing.assert_close(whole[b], one[0], rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_of_a_batch_is_the_mean_of_the_gradients_of_its_images() -> None:
+    torch.manual_seed(0)
+    model = randomised(VAE(config_of()))
+    x, noise = torch.rand(5, 3, 32, 32), torch.randn(2, 5, 3, 4, 4)
+
+    def gradients(b: slice) -> list[Tensor]:
+        outputs, mu, logvar = model(x[b], noise[:, b])
+        errors = likelihood.squared_errors("gaussian", outputs, x[b])
+        loss = (likelihood.gaussian(errors, 0.1, 3 * 32**2) + likelihood.kl(mu, logvar)).mean()
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    alone = zip(*(gradients(slice(b, b + 1)) for b in range(5)), strict=True)
+    for whole, each in zip(gradients(slice(None)), alone, strict=True):
+        mean = torch.stack(each).mean(dim=0)
+        assert (whole - mean).norm() <= 1e-5 * mean.norm()
+        assert mean.norm() > 0
+
+
+# --- posterior samples
+
+
+@pytest.mark.parametrize(("samples", "architecture"), [(1, "default"), (3, "default"), (3, "notebook")])
+def test_samples_are_mu_plus_sigma_times_noise_and_decoded_independently(samples: int, architecture: str) -> None:
+    torch.manual_seed(0)
+    model = randomised(VAE(config_of(architecture=architecture))).eval()
     x, noise = torch.rand(2, 3, 32, 32), torch.randn(samples, 2, 3, 4, 4)
-    logits, mu, logvar = model(x, noise)
+    outputs, mu, logvar = model(x, noise)
     assert torch.equal(mu, model.encoder(x)[0])
     assert torch.equal(logvar, model.encoder(x)[1])
     for s, b in itertools.product(range(samples), range(2)):
         z = mu[b : b + 1] + logvar[b : b + 1].exp().sqrt() * noise[s, b : b + 1]
-        torch.testing.assert_close(logits[s, b], model.decoder(z)[0], rtol=1e-4, atol=1e-5)
-    assert torch.equal(logits, model(x, noise)[0])  # no random numbers are drawn inside
+        torch.testing.assert_close(outputs[s, b], model.decoder(z)[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(outputs, model(x, noise)[0])  # no random numbers are drawn inside
 
 
 def test_decode_mean_is_the_mean_of_the_likelihood() -> None:
     torch.manual_seed(0)
-    z = torch.randn(2, 3, 4, 4)
-    model = randomised(VAE(config_of())).eval()
+    z = 3 * torch.randn(2, 3, 4, 4)
+    model = randomised(VAE(config_of(likelihood="bernoulli"))).eval()
     assert torch.equal(model.decode_mean(z), torch.sigmoid(model.decoder(z)))
-    model = randomised(VAE(config_of(likelihood="continuous-bernoulli"))).eval()
-    bounded = 1000 * torch.tanh(model.decoder(z).double() / 1000)  # in float32 the mean of torch loses its digits
-    expected = ContinuousBernoulli(logits=bounded).mean
-    torch.testing.assert_close(model.decode_mean(z).double(), expected, rtol=0, atol=3e-5)
+    model = randomised(VAE(config_of(likelihood="gaussian"))).eval()
+    assert torch.equal(model.decode_mean(z), (model.decoder(z) + 0.5).clip(0, 1))
 
 
 # --- the notebook

@@ -24,7 +24,7 @@ class Exported:
 
 
 def train_and_export(where: Path) -> Exported:
-    """Train a model of 2 x 4 x 4 latents on 100 drawn dogs, with the default's batch norm, and export it."""
+    """Train a model of 2 x 4 x 4 latents on 100 drawn dogs, and export it."""
     config = job(make_dataset(where / "dataset"), epochs=4, latent_dim=LATENT[0], lr=1e-2)
     run = where / "dogs"
     train(config, run)

@@ -20,8 +20,8 @@ from tune.trial import name_of
 
 SPACE = {"latent_dim": "choice(8,16,32,64)", "lr": "loguniform(0.0001,0.01)", "samples": "choice(1,3,10)"}
 MIXED = Space.parse(  # every kind of domain, and every type of value
-    ["beta=uniform(0.5,4)", "batch_size=randint(8,64)", "augment=choice(true,false)", "norm=choice(group,batch)",
-     "schedule=choice(cosine,constant)", "ema=choice(0,0.9,0.99)"], {},
+    ["beta=uniform(0.5,4)", "batch_size=randint(8,64)", "augment=choice(true,false)",
+     "likelihood=choice(gaussian,bernoulli)", "schedule=choice(cosine,constant)", "ema=choice(0,0.9,0.99)"], {},
 )  # fmt: skip
 EPOCHS = 8
 PLAN = SearchPlan(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import ContinuousBernoulli, Normal, kl_divergence
+from torch.distributions import Normal, kl_divergence
 
 from dogvae import rng
 from dogvae.config import Config
@@ -23,9 +22,9 @@ CPU = torch.device("cpu")
 def config_of(**settings: Any) -> Config:
     """A small network and a plain step. Every setting that matters is given, whatever its default."""
     plain: dict[str, Any] = dict(
-        image_size=32, width=4, latent_dim=3, norm="group", likelihood="bernoulli", epochs=10, batch_size=4, lr=1e-2,
-        schedule="constant", lr_warmup=0.0, samples=2, beta=1.0, kl_warmup=0.0, grad_clip=0.0, ema=0.0, augment=False,
-        precision="fp32", seed=5,
+        image_size=32, width=4, latent_dim=3, latent_size=4, likelihood="bernoulli", epochs=10, batch_size=4,
+        lr=1e-2, schedule="constant", lr_warmup=0.0, samples=2, beta=1.0, kl_warmup=0.0, grad_clip=0.0, ema=0.0,
+        augment=False, precision="fp32", seed=5,
     )  # fmt: skip
     return Config.make(**{**plain, **settings})
 
@@ -51,24 +50,35 @@ def noise_of(config: Config, n: int, epoch: int, step: int) -> Tensor:
     return torch.randn((config.samples, n, config.model.latent_dim, 4, 4), generator=generator)
 
 
-def plain_terms(model: VAE, x: Tensor, noise: Tensor, likelihood: str) -> tuple[Tensor, Tensor]:
-    """(reconstruction, KL) of each image (b,), computed for one image and one sample at a time."""
-    reconstructions, kls = [], []
+def plain_outputs(model: VAE, x: Tensor, noise: Tensor) -> tuple[Tensor, Normal]:
+    """Outputs (k, b, 3, h, h) and the posterior of images (b, 3, h, h), one image and one sample at a time."""
+    outputs, mus, scales = [], [], []
     for b in range(len(x)):
         mu, logvar = model.encoder(x[b : b + 1])
-        posterior = Normal(mu, torch.exp(logvar / 2))
-        terms = []
-        for s in range(len(noise)):
-            logits = model.decoder(mu + posterior.scale * noise[s, b : b + 1])
-            if likelihood == "bernoulli":
-                terms.append(F.binary_cross_entropy(torch.sigmoid(logits), x[b : b + 1], reduction="sum"))
-            elif likelihood == "gaussian":
-                assert model.log_scale is not None
-                scale = torch.exp((1 - torch.sigmoid(model.log_scale)) * math.log(1 / 255))
-                terms.append(-Normal(torch.sigmoid(logits), scale).log_prob(x[b : b + 1]).sum())
-            else:
-                bounded = 1000 * torch.tanh(logits.double() / 1000)  # in float32 the density of torch loses its digits
-                terms.append(-ContinuousBernoulli(logits=bounded).log_prob(x[b : b + 1].double()).sum().float())
-        reconstructions.append(torch.stack(terms).mean())
-        kls.append(kl_divergence(posterior, Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum())
-    return torch.stack(reconstructions), torch.stack(kls)
+        mus.append(mu)
+        scales.append(torch.exp(logvar / 2))
+        outputs.append(torch.stack([model.decoder(mu + scales[-1] * each) for each in noise[:, b : b + 1]]))
+    return torch.cat(outputs, dim=1), Normal(torch.cat(mus), torch.cat(scales))
+
+
+def plain_means(model: VAE, x: Tensor, noise: Tensor) -> Tensor:
+    """The likelihood's means of all posterior samples, (k, b, 3, h, h)."""
+    outputs = plain_outputs(model, x, noise)[0]
+    return torch.sigmoid(outputs) if model.config.likelihood == "bernoulli" else outputs + 0.5
+
+
+def plain_sigma(means: Tensor, x: Tensor) -> float:
+    """The root mean square of all residuals: the standard deviation under which a Gaussian fits best."""
+    return max(1 / 255, float((means.detach() - x).double().square().mean().sqrt()))
+
+
+def plain_terms(model: VAE, x: Tensor, noise: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """(reconstruction, KL) of each image, (b,). Only the Gaussian uses `sigma`; its density is per grey level."""
+    outputs, posterior = plain_outputs(model, x, noise)
+    x = x.expand_as(outputs)
+    if model.config.likelihood == "bernoulli":
+        nats = F.binary_cross_entropy(torch.sigmoid(outputs), x, reduction="none")
+    else:
+        nats = -Normal(255 * (outputs + 0.5), 255 * sigma).log_prob(255 * x)
+    kl = kl_divergence(posterior, Normal(torch.zeros_like(posterior.mean), torch.ones_like(posterior.mean)))
+    return nats.sum(dim=(2, 3, 4)).mean(dim=0), kl.sum(dim=(1, 2, 3))

@@ -21,7 +21,7 @@ from dogvae.config import Config
 from dogvae.data.dataset import Dataset
 from dogvae.errors import UsageError
 from dogvae.network import prior
-from dogvae.network.prior import Mixture
+from dogvae.network.prior import Gaussian
 from dogvae.network.vae import VAE
 from dogvae.storage import Storage
 from dogvae.training.checkpoint import Checkpoint, Checkpoints
@@ -107,12 +107,11 @@ def posteriors(config: Config, weights: dict[str, Tensor], n: int | None = None)
     return mu.flatten(1), logvar.exp().flatten(1)
 
 
-def same(mixture: Mixture, tensors: dict[str, Tensor], name: str) -> bool:
-    """Whether the tensors called `name` are the mixture, up to rounding, which depends on the batch size."""
-    return all(
-        t.shape == tensors[f"{name}.{part}"].shape and torch.allclose(t.float(), tensors[f"{name}.{part}"], 1e-3, 1e-4)
-        for part, t in vars(mixture).items()
-    )
+def same(gaussian: Gaussian, tensors: dict[str, Tensor]) -> bool:
+    """Whether the tensors are the Gaussian, up to rounding, which depends on the batch size."""
+    mean, factor = tensors["gaussian.mean"], tensors["gaussian.factor"]
+    close = [torch.allclose(a.float(), b, 1e-3, 1e-4) for a, b in ((gaussian.mean, mean), (gaussian.factor, factor))]
+    return all(close)
 
 
 # --- the files
@@ -123,12 +122,14 @@ def test_config_describes_the_export_and_holds_checksums(run: tuple[Path, Config
     assert {p.name for p in folder.iterdir()} == FILES
     digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}
     assert said["files"] == {name: digests[name] for name in ("model.safetensors", "prior.safetensors")}
-    assert (said["format"], said["version"], said["dogvae"]) == ("dogvae-export", 2, dogvae.__version__)
+    assert (said["format"], said["version"], said["dogvae"]) == ("dogvae-export", 3, dogvae.__version__)
     assert said["model"] == config.to_dict()["model"]
     assert said["training"]["lr"] == 1e-2
     assert said["dataset_fingerprint"] == Dataset(config.data).fingerprint
     assert said["metrics"] == best(run[0])[1]["records"][-1]
     assert said["metrics"]["epoch"] == 3  # the last epoch is 4
+    assert said["sigma"] == said["metrics"]["val_sigma"]
+    assert 1 / 255 < said["sigma"] < 0.5
 
 
 def test_weights_are_the_averaged_ones_of_the_best_epoch(run: tuple[Path, Config], folder: Path) -> None:
@@ -170,19 +171,12 @@ def test_prior_is_fitted_to_the_posteriors_of_the_exported_weights(run: tuple[Pa
     tensors, _ = best(path)
     saved = load_file(folder / "prior.safetensors")
     mu, var = posteriors(config, weights_of(tensors, "ema"))
-    gaussian, mixture = prior.fit(mu, var)
-    k = about(folder)["components"]
     shapes = {"directions": (32, LATENTS), "scales": (32,)}
-    for name, count, fitted in (("gaussian", 1, gaussian), ("mixture", k, mixture)):
-        shapes |= {
-            f"{name}.weights": (count,),
-            f"{name}.means": (count, LATENTS),
-            f"{name}.factors": (count, LATENTS, LATENTS),
-        }
-        assert same(fitted, saved, name)
+    shapes |= {"gaussian.mean": (LATENTS,), "gaussian.factor": (LATENTS, LATENTS)}
+    assert same(prior.fit(mu, var), saved)
     assert {name: tuple(t.shape) for name, t in saved.items()} == shapes
     assert {t.dtype for t in saved.values()} == {torch.float32}
-    assert not same(prior.fit(*posteriors(config, weights_of(tensors, "model")))[0], saved, "gaussian")
+    assert not same(prior.fit(*posteriors(config, weights_of(tensors, "model"))), saved)
     _, values, vectors = np.linalg.svd((mu - mu.mean(dim=0)).double().numpy(), full_matrices=False)
     np.testing.assert_allclose(saved["scales"], values / np.sqrt(len(mu)), rtol=1e-3)
     cosines = np.abs((saved["directions"].double().numpy() * vectors).sum(axis=1))
@@ -195,10 +189,8 @@ def test_prior_is_fitted_to_a_limited_number_of_images(
     path, config = run
     monkeypatch.setattr(prior, "MOST_IMAGES", 45)
     folder = Path(export(Storage(path), config, Storage(tmp_path / "few")).uri)
-    gaussian, mixture = prior.fit(*posteriors(config, weights_of(best(path)[0], "ema"), 45))
-    saved = load_file(folder / "prior.safetensors")
-    assert same(gaussian, saved, "gaussian")
-    assert same(mixture, saved, "mixture")
+    gaussian = prior.fit(*posteriors(config, weights_of(best(path)[0], "ema"), 45))
+    assert same(gaussian, load_file(folder / "prior.safetensors"))
 
 
 # --- preview and model card
@@ -222,21 +214,16 @@ def test_preview_shows_32_samples_and_a_walk_between_validation_photos(run: tupl
     assert (sheet[:2] == 255).all()
 
 
-def test_model_card_has_the_figures_and_the_number_of_components(
-    folder: Path, few_photos: Path, tmp_path: Path
-) -> None:
-    card, metrics, k = (folder / "README.md").read_text(), about(folder)["metrics"], about(folder)["components"]
+def test_model_card_has_the_figures(folder: Path) -> None:
+    card, metrics = (folder / "README.md").read_text(), about(folder)["metrics"]
+    assert "32x32 RGB images to a 32-dimensional latent\n(2 channels of 4x4) and back. Likelihood: gaussian." in card
     assert f"| negative ELBO | {metrics['val_loss']:.1f} nats per image |" in card
+    assert f"| bits per dimension | {metrics['val_bits_per_dim']:.3f} |" in card
     assert f"| PSNR | {metrics['val_psnr']:.2f} dB |" in card
     assert f"| active latents of 32 | {metrics['val_active_latents']} |" in card
     assert "Best of 4 epochs: epoch 4." in card
     assert about(folder)["dataset_fingerprint"] in card
-    assert k > 1  # two kinds of photos
-    assert f"Samples come from a mixture of {k} Gaussians, fitted to" in card
-    run, config = trained(tmp_path, few_photos, epochs=1)
-    few = Path(export(Storage(run), config).uri)
-    assert about(few)["components"] == 1
-    assert "Samples come from a Gaussian, fitted to" in (few / "README.md").read_text()
+    assert "Samples come from a Gaussian, fitted to" in card
 
 
 # --- runs and exports

@@ -23,9 +23,13 @@ from tune.ranking import importance
 from tune.report import picture
 
 TIME = "time of training and validation (s)"
-EIGHT = {**SPACE, "width": "randint(16,64)", "norm": "choice(group,batch)", "beta": "uniform(0.5,2)"}
+EIGHT = {**SPACE, "width": "randint(16,64)", "likelihood": "choice(gaussian,bernoulli)", "beta": "uniform(0.5,2)"}
 EIGHT |= {"augment": "choice(true,false)", "lr_warmup": "loguniform(0.5,3)"}
-LONG = {"likelihood": "choice(bernoulli,continuous-bernoulli,gaussian)", "ema": "uniform(0.99,0.9999)"}
+LONG = {
+    "likelihood": "choice(gaussian,bernoulli)",
+    "schedule": "choice(constant,cosine)",
+    "ema": "uniform(0.99,0.9999)",
+}
 LONG |= {"lr": "choice(0.0001,0.0002,0.0005,0.001,0.002,0.004,0.005,0.007,0.01)", "precision": "choice(fp32,bf16)"}
 CASES: dict[str, tuple[list[Spec], dict[str, str]]] = {
     "one": (many(1), SPACE),
@@ -108,7 +112,12 @@ def test_picture_names_and_rings_the_best_trial(tmp_path: Path, drawn: list[Figu
 
 
 def test_each_parameter_has_the_axis_of_its_domain(tmp_path: Path, drawn: list[Figure]) -> None:
-    space = {"lr": SPACE["lr"], "beta": "uniform(0.5,2)", "samples": SPACE["samples"], "norm": "choice(group,batch)"}
+    space = {
+        "lr": SPACE["lr"],
+        "beta": "uniform(0.5,2)",
+        "samples": SPACE["samples"],
+        "likelihood": "choice(gaussian,bernoulli)",
+    }
     picture(searched(tmp_path, many(12, space), space))
     axes = panels(drawn[0])
     assert [axes[name].get_xscale() for name in ("lr", "beta", "samples")] == ["log", "linear", "linear"]

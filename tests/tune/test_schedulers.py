@@ -40,7 +40,7 @@ def test_no_scheduler_lets_all_trials_end() -> None:
 
 def test_pbt_mutates_only_settings_that_keep_the_networks_shape(pbt: PopulationBasedTraining) -> None:
     assert pbt._time_attr == "epochs"
-    assert set(pbt._hyperparam_mutations["trial"]["setting"]) == set(MIXED.domains) - {"latent_dim", "norm"}
+    assert set(pbt._hyperparam_mutations["trial"]["setting"]) == set(MIXED.domains) - {"latent_dim", "likelihood"}
     shapes = Space.parse(["width=choice(16,32)"], {"lr": 0.001, "samples": 1})
     with pytest.raises(UsageError, match=r"^--scheduler pbt: .* network's shape; add .* --search lr="):
         make_scheduler(replace(PLAN, scheduler="pbt", space=shapes))
@@ -60,7 +60,7 @@ def test_pbt_stays_within_the_domains_and_reaches_every_value(pbt: PopulationBas
         assert set(seen[-1]) == set(MIXED.domains)
     for name, domain in MIXED.domains.items():
         values = {setting[name] for setting in seen}
-        if name in ("latent_dim", "norm"):
+        if name in ("latent_dim", "likelihood"):
             assert values == {MIXED.setting(0, 4)[name]}
         elif domain.kind == "choice":
             assert values == set(domain.values)

@@ -53,13 +53,13 @@ def test_resumed_random_search_keeps_names_and_settings_and_fills_the_others_in(
 
 def test_optuna_draws_from_the_same_domains() -> None:
     assert NumberedOptunaSearch(MIXED, 0, 1, [])._space == {
-        "latent_dim": CategoricalDistribution((8, 16, 32, 64)),
-        "lr": FloatDistribution(1e-4, 1e-2, log=True),
+        "latent_dim": CategoricalDistribution((4, 8, 16, 32)),
+        "lr": FloatDistribution(3e-4, 1e-2, log=True),
         "samples": CategoricalDistribution((1, 3, 10)),
         "beta": FloatDistribution(0.5, 4.0),
         "batch_size": IntDistribution(8, 64),
         "augment": CategoricalDistribution((True, False)),
-        "norm": CategoricalDistribution(("group", "batch")),
+        "likelihood": CategoricalDistribution(("gaussian", "bernoulli")),
         "schedule": CategoricalDistribution(("cosine", "constant")),
         "ema": CategoricalDistribution((0.0, 0.9, 0.99)),
     }
@@ -67,8 +67,8 @@ def test_optuna_draws_from_the_same_domains() -> None:
 
 def test_optuna_stays_within_the_domains_and_begins_with_the_notebook() -> None:
     trials = suggested(MIXED, lambda setting: setting["beta"], 10)
-    first = setting() | {"beta": 1.0, "batch_size": 32, "augment": True, "schedule": "constant", "norm": "batch"}
-    first |= {"ema": 0.0}
+    first = setting() | {"beta": 1.0, "batch_size": 32, "augment": True, "schedule": "constant"}
+    first |= {"likelihood": "bernoulli", "ema": 0.0}
     assert trials[0] == {"number": 0, "name": name_of(0, first), "setting": first}
     for number, one in enumerate(trials):
         assert (one["number"], one["name"]) == (number, name_of(number, one["setting"]))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dogvae.config import Config
 from dogvae.errors import UsageError
-from tests.support.searches import SPACE, contains, setting
+from tests.support.searches import contains, setting
 from tune.space import DECIDED_BY, Domain, Space, label, parse_fixed
 
 DRAWS = 2000
@@ -35,7 +35,8 @@ def distance_from_uniform(shares: list[float]) -> float:
 
 
 def test_search_adds_or_replaces_and_set_removes_domains() -> None:
-    assert Space.parse([], {}).to_json() == SPACE
+    default = {"latent_dim": "choice(4,8,16,32)", "lr": "loguniform(0.0003,0.01)", "samples": "choice(1,3,10)"}
+    assert Space.parse([], {}).to_json() == default
     space = Space.parse(["beta=uniform(0,4)", "lr=choice(0.001)"], {"samples": 3, "width": 16})
     assert list(space.domains) == ["latent_dim", "lr", "beta"]
     assert space.domains["lr"] == Domain("choice", (0.001,))
@@ -50,7 +51,7 @@ def test_search_adds_or_replaces_and_set_removes_domains() -> None:
         ("lr=loguniform(1e-4,1e-2)", "loguniform", (0.0001, 0.01), "loguniform(0.0001,0.01)"),
         ("beta=choice(1,4)", "choice", (1.0, 4.0), "choice(1.0,4.0)"),
         ("batch_size=randint(16,256)", "randint", (16, 256), "randint(16,256)"),
-        ("norm=choice(group,batch)", "choice", ("group", "batch"), "choice(group,batch)"),
+        ("schedule=choice(cosine,constant)", "choice", ("cosine", "constant"), "choice(cosine,constant)"),
         ("augment=choice(true,false)", "choice", (True, False), "choice(true,false)"),
     ],
 )
@@ -74,7 +75,7 @@ SPACES = st.fixed_dictionaries(
         "latent_dim": INTS.map(lambda values: Domain("choice", values)),
         "samples": INTS.filter(lambda v: len(v) > 1).map(lambda v: Domain("randint", (min(v), max(v)))),
         "augment": st.sampled_from([(True,), (False,), (True, False)]).map(lambda values: Domain("choice", values)),
-        "norm": st.permutations(["group", "batch"]).map(lambda values: Domain("choice", tuple(values))),
+        "likelihood": st.permutations(["gaussian", "bernoulli"]).map(lambda values: Domain("choice", tuple(values))),
         "grad_clip": st.lists(st.floats(0, 1e300), min_size=1, max_size=5, unique=True).map(
             lambda values: Domain("choice", tuple(values))
         ),
@@ -99,11 +100,11 @@ def test_written_space_is_read_back(domains: dict[str, Domain]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr", r": 'lr' is not NAME=KIND\(...\), such as lr=loguniform\(1e-4,1e-2\)$"),
+        ("lr", r": 'lr' is not NAME=KIND\(...\), such as lr=loguniform\(3e-4,1e-2\)$"),
         ("lr=0.1", r": 'lr=0.1' is not NAME=KIND"),
         ("lr=uniform(0.1,0.2", r": .*is not NAME=KIND"),
         ("lr=log-uniform(0.1,0.2)", r" lr: .*'log-uniform'.* choice, uniform, loguniform, randint$"),
-        ("learning_rate=choice(0.1)", r": .*'learning_rate'.* latent_dim, likelihood, lr, lr_warmup"),
+        ("learning_rate=choice(0.1)", r": .*'learning_rate'.* latent_dim, latent_size, likelihood, lr, lr_warmup"),
         ("lr=uniform(0.1)", r" lr: uniform\(0.1\) must have two bounds, low and high, not 1$"),
         ("samples=randint(1,2,3)", r" samples: .*two bounds.* not 3$"),
         ("lr=uniform(0.2,0.1)", r" lr: uniform\(0.2,0.1\) is empty.*below"),
@@ -113,7 +114,7 @@ def test_written_space_is_read_back(domains: dict[str, Domain]) -> None:
         ("lr=choice()", r" lr: choice\(\) has no values.*at least one$"),
         ("lr=choice(0.1,1e-1)", r" lr: .*has a value twice"),
         ("latent_dim=uniform(8,16)", r" latent_dim: uniform .*type int; use choice or randint$"),
-        ("norm=uniform(0,1)", r" norm: uniform .*type str; use choice$"),
+        ("likelihood=uniform(0,1)", r" likelihood: uniform .*type str; use choice$"),
         ("lr=randint(0,1)", r" lr: randint .*type float; use choice or uniform or loguniform$"),
         ("latent_dim=choice(8,2000)", r" latent_dim: 2000 .*1024$"),
         ("latent_dim=choice(8,1.5)", r" latent_dim: '1.5' .*int"),
@@ -137,7 +138,7 @@ def test_wrong_domain_is_refused_in_one_line(text: str, message: str) -> None:
         ("widht=16", r": .*'widht'.* preset, .*width"),
         ("width=1.5", r" width: '1.5' .*int"),
         ("width=2", r" width: 2 .*4$"),
-        ("norm=group=batch", r" norm: 'group=batch' .*group, batch"),
+        ("schedule=cosine=constant", r" schedule: 'cosine=constant' .*cosine, constant"),
         ("preset=large", r" preset: 'large' .*default, notebook, small"),
     ],
 )
@@ -201,7 +202,7 @@ def test_drawn_settings_are_valid_for_a_run(domains: dict[str, Domain], seed: in
     [
         (Domain("choice", (64, 8, 16)), 45, 64),
         (Domain("choice", (0.1, 0.5)), 7.0, 0.5),
-        (Domain("choice", ("continuous-bernoulli", "gaussian")), "bernoulli", "continuous-bernoulli"),
+        (Domain("choice", ("cosine", "linear")), "constant", "cosine"),
         (Domain("choice", (False,)), True, False),
         (Domain("uniform", (0.5, 2.0)), 1.25, 1.25),
         (Domain("loguniform", (1e-4, 1e-2)), 1.0, 1e-2),
@@ -218,8 +219,10 @@ def test_nearest_value_of_a_domain(domain: Domain, value: Any, nearest: Any) -> 
 
 def test_trial_0_is_nearest_to_the_notebook() -> None:
     assert Space.parse([], {}).setting(3, 0) == {"latent_dim": 32, "lr": 1e-3, "samples": 10}
-    space = Space.parse(["lr=loguniform(2e-3,1e-2)", "samples=choice(1,3)", "norm=choice(group)"], {"latent_dim": 8})
-    assert space.setting(3, 0) == {"lr": 2e-3, "samples": 3, "norm": "group"}
+    space = Space.parse(
+        ["lr=loguniform(2e-3,1e-2)", "samples=choice(1,3)", "latent_size=choice(8,16)"], {"latent_dim": 8}
+    )
+    assert space.setting(3, 0) == {"lr": 2e-3, "samples": 3, "latent_size": 8}
 
 
 def test_settings_depend_only_on_seed_and_number() -> None:
@@ -234,7 +237,7 @@ def test_settings_depend_only_on_seed_and_number() -> None:
 
 
 def test_order_of_the_flags_does_not_matter() -> None:
-    texts = ["beta=uniform(0,4)", "width=randint(4,64)", "norm=choice(group,batch)"]
+    texts = ["beta=uniform(0,4)", "width=randint(4,64)", "schedule=choice(cosine,constant)"]
     one, other = Space.parse(texts, {}), Space.parse(texts[::-1], {})
     assert list(one.domains) != list(other.domains)
     assert [one.setting(0, k) for k in range(20)] == [other.setting(0, k) for k in range(20)]
@@ -242,7 +245,8 @@ def test_order_of_the_flags_does_not_matter() -> None:
 
 def test_trials_cover_the_space_evenly() -> None:
     """Neighbouring numbers seed the generator: their draws must be as independent as those of one stream."""
-    space = Space.parse(["beta=uniform(0.5,4.5)", "samples=randint(3,5)", "augment=choice(true,false)"], {})
+    texts = ["lr=loguniform(1e-4,1e-2)", "beta=uniform(0.5,4.5)", "samples=randint(3,5)", "augment=choice(true,false)"]
+    space = Space.parse(texts, {})
     trials = [space.setting(0, number) for number in range(1, DRAWS + 1)]
     shares = np.array([[(math.log10(t["lr"]) + 4) / 2, (t["beta"] - 0.5) / 4] for t in trials])
     for column in shares.T:
@@ -258,9 +262,9 @@ def test_trials_cover_the_space_evenly() -> None:
 
 
 def test_fixed_values_have_the_type_of_their_setting() -> None:
-    typed = ["width=16", "beta=4", "augment=false", "norm=group", " lr = 1e-3 ", "preset=notebook", "batch_size=0"]
+    typed = ["width=16", "beta=4", "augment=false", "latent_size=16", " lr = 1e-3 ", "preset=notebook", "batch_size=0"]
     fixed = parse_fixed(typed)
-    expected = dict(width=16, beta=4.0, augment=False, norm="group", lr=1e-3, preset="notebook", batch_size=0)
+    expected = dict(width=16, beta=4.0, augment=False, latent_size=16, lr=1e-3, preset="notebook", batch_size=0)
     assert list(fixed.items()) == list(expected.items())
     assert [type(v) for v in fixed.values()] == [type(v) for v in expected.values()]
     with pytest.raises(UsageError, match=r"^--set width: given twice"):
@@ -272,11 +276,11 @@ def test_fixed_values_have_the_type_of_their_setting() -> None:
     [
         ({"samples": 3, "lr": 0.0021345, "latent_dim": 16}, "latent_dim16-lr0.0021-samples3"),
         ({"kl_warmup": 2.5e20}, "kl_warmup2.5e20"),  # no plus sign
-        ({"norm": "group", "augment": False}, "augmentfalse-normgroup"),
+        ({"schedule": "cosine", "augment": False}, "augmentfalse-schedulecosine"),
         ({}, ""),
         (
-            {"likelihood": "continuous-bernoulli", "latent_dim": 1024, "schedule": "constant", "precision": "bf16"},
-            "latent_dim1024-likelihoodcontinuous-bernoulli-precisionbf16-",  # cut to 60 characters
+            {"likelihood": "bernoulli", "latent_dim": 1024, "latent_size": 16, "precision": "bf16", "seed": 1},
+            "latent_dim1024-latent_size16-likelihoodbernoulli-precisionbf",  # cut to 60 characters
         ),
     ],
 )
