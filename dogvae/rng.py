@@ -30,6 +30,7 @@ class Stream(IntEnum):
     COMPONENT = 10  # (seed, batch): which component of the prior each sampled latent comes from
     IMPORTANCE = 11  # (image): samples of the importance-weighted bound
     EXAMPLE = 12  # (): pictures that an ONNX export is tested with
+    PATCHES = 13  # (place in a batch): order of a shuffled photo's patches
 
 
 def words(n: int, stream: Stream, *key: int) -> np.ndarray:

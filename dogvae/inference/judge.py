@@ -24,7 +24,7 @@ EPSILON = 1e-3  # of batch norm
 DOGS = slice(151, 269)  # ImageNet's classes 151 to 268 are breeds of dogs
 FEATURE_SIDE = 128
 DOG_SIDE = 224  # never less: at 128 pixels the network calls coloured patchwork a dog
-REMEDY = "the judge's network is not installed: pip install 'dogvae[judge]'"
+REMEDY = "the judge, which tells whether a picture shows a dog, needs another package: pip install 'dogvae[judge]'"
 
 
 class Judge:
