@@ -107,7 +107,7 @@ class Config(_Checked):
     lr_warmup: float = setting(1.0, "training", "epochs of linear warm-up of the learning rate", low=0)
     samples: int = setting(1, "training", "posterior samples per image and step", low=1, high=1000)
     beta: float = setting(1.0, "training", "weight of the KL term", low=0)
-    kl_warmup: float = setting(10.0, "training", "epochs over which beta grows linearly from 0", low=0)
+    kl_warmup: float = setting(0.0, "training", "epochs over which beta grows linearly from 0", low=0)
     grad_clip: float = setting(
         1000.0, "training", "clip the gradient norm, in nats per image, to this value; 0: no clipping", low=0
     )
@@ -143,8 +143,8 @@ class Config(_Checked):
 
     def for_data(self, data: str, fingerprint: str, image_size: int, images: int) -> Config:
         """A copy for a dataset with that many training images; chooses the batch size and the epochs if they are 0."""
-        # About 40 steps an epoch (experiments: docs/quality.md): a power of two from 16 to 256.
-        batch_size = self.batch_size or min(256, max(16, 2 ** round(math.log2(images / 40))))
+        # About 40 steps an epoch (experiments: docs/quality.md): a power of two from 16 to 64.
+        batch_size = self.batch_size or min(64, max(16, 2 ** round(math.log2(images / 40))))
         epochs = self.epochs or max(LEAST_EPOCHS, round(SHOWN / images))
         chosen = dict(batch_size=batch_size, epochs=epochs)
         return self.replace(data=data, fingerprint=fingerprint, image_size=image_size, **chosen)
@@ -221,12 +221,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         schedule="constant",
         lr_warmup=0.0,
         ema=0.0,
-        kl_warmup=0.0,
         batch_size=32,
         epochs=50,
         loss_scale="notebook",
         grad_clip=0.0,
     ),
     # Trains within minutes on a laptop.
-    "small": dict(width=24, epochs=0, batch_size=16, kl_warmup=1.0),
+    "small": dict(width=24, epochs=0, batch_size=16, lr=3e-3),
 }

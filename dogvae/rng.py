@@ -28,6 +28,8 @@ class Stream(IntEnum):
     SAMPLE = 9  # (seed, batch): noise of sampled latents
     IMPORTANCE = 11  # (image): samples of the importance-weighted bound
     EXAMPLE = 12  # (): pictures that an ONNX export is tested with
+    LITTER = 13  # (seed, child): mask and posterior noise of a child of two dogs
+    PATCHES = 14  # (place in a batch): order of a shuffled photo's patches
 
 
 def words(n: int, stream: Stream, *key: int) -> np.ndarray:

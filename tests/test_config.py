@@ -161,9 +161,7 @@ def test_presets_are_defaults_and_the_notebooks_are_those_of_the_notebook() -> N
     assert (small.model.width, small.batch_size, small.epochs) == (24, 16, 0)
 
 
-@pytest.mark.parametrize(
-    ("images", "batch"), [(1, 16), (639, 16), (1280, 32), (2560, 64), (7000, 128), (10240, 256), (10**7, 256)]
-)
+@pytest.mark.parametrize(("images", "batch"), [(1, 16), (639, 16), (1280, 32), (2560, 64), (7000, 64), (10**7, 64)])
 def test_batch_size_is_a_power_of_two_for_about_40_steps_an_epoch(images: int, batch: int) -> None:
     chosen = Config.make(latent_dim=8, batch_size=0).for_data("dogs", "ab12", 32, images)
     assert chosen == Config.make(latent_dim=8, batch_size=batch, data="dogs", fingerprint="ab12", image_size=32)

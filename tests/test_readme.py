@@ -80,13 +80,13 @@ def test_commands_for_your_own_dogs_make_their_pictures(checkout: Path) -> None:
     assert [command.split()[1] for command in commands] == [
         "prepare", "train_distributed.py", "sample", "reconstruct", "interpolate"
     ]  # fmt: skip
-    for command in [*commands, one("dogvae directions"), one("dogvae neighbours")]:
+    for command in [*commands, one("dogvae litter"), one("dogvae directions"), one("dogvae neighbours")]:
         succeed(command, checkout)
-    for picture in ("samples.png", "reconstructions.png", "walk.gif", "directions.png", "neighbours.png"):
+    for picture in ("samples.png", "reconstructions.png", "walk.gif", "litter.png", "directions.png", "neighbours.png"):
         assert (checkout / picture).stat().st_size > 1000
     assert "negative ELBO" in succeed(one("dogvae evaluate"), checkout)
     (python,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    check = "assert dogs.shape == (64, 64, 64, 3) and walk.shape == (32, 64, 64, 3); print(latents.shape)"
+    check = "assert (len(dogs), len(litter)) == (64, 12) and walk.shape == (32, 64, 64, 3); print(latents.shape)"
     (checkout / "played.py").write_text(python + check)
     done = shell("python played.py", checkout)
     assert done.stdout == "(1, 16, 4, 4)\n", done.stderr
@@ -129,11 +129,11 @@ def test_tensorboard_serves_the_runs(tmp_path: Path) -> None:
 
 
 def test_every_command_of_the_readme_is_run_by_a_test() -> None:
-    playing = "sample|reconstruct|interpolate|playground|directions|neighbours|evaluate"
+    playing = "sample|reconstruct|interpolate|litter|playground|directions|neighbours|evaluate"
     known = rf"pip install|dogvae (prepare|{playing})|train_distributed\.py|tensorboard|-m tune"
     assert all(re.search(known, command) for command in COMMANDS)
     assert COMMANDS[1].endswith("pip install -e '.[dev]' && pytest")
-    assert len(COMMANDS) == 18
+    assert len(COMMANDS) == 19
 
 
 # --- the lists

@@ -84,6 +84,18 @@ def parser() -> argparse.ArgumentParser:
         "reconstruct", play.reconstruct, "draw photos above their reconstructions", "reconstruction.png"
     )
     reconstruct.add_argument("photos", nargs="+")
+    litter = add_playing("litter", play.litter, "draw children of two dogs", "litter.png")
+    litter.description = (
+        "Draw children of two dogs: random mixtures of two photos' latents. A .png shows the two photos and their\n"
+        "reconstructions first; the other formats hold the children alone. Dogs in a like pose give the best children."
+    )
+    litter.add_argument("a", help="photo of one parent")
+    litter.add_argument("b", help="photo of the other parent")
+    litter.add_argument("-n", type=int, default=12, help="how many children (default: 12)")
+    litter.add_argument("--seed", type=int, default=0, help="seed of the children (default: 0)")
+    litter.add_argument(
+        "--temperature", type=float, default=0.7, help="scale of the noise; 0: mixtures without noise (default: 0.7)"
+    )
     interpolate = add_playing("interpolate", play.walk, "draw a walk from one photo to another", "walk.gif")
     interpolate.add_argument("a")
     interpolate.add_argument("b")

@@ -1,4 +1,4 @@
-"""Commands that draw pictures with an exported model: sample, reconstruct, interpolate, walk, directions, neighbours.
+"""Commands that draw pictures with an exported model: sample, reconstruct, litter, walk, directions, neighbours.
 
 Modules that import torch are imported late, so that mistakes in the flags are reported at once.
 """
@@ -15,6 +15,7 @@ from dogvae.data.manifest import read_manifest
 from dogvae.errors import UsageError
 
 MOST_COLUMNS = 12  # of photos and reconstructions
+LITTER_COLUMNS = 4  # of two photos and their reconstructions, and of the children below them
 AT_ONCE = 64  # pictures between two updates of the progress line
 STEPS = 9  # pictures in a row of `directions`
 
@@ -46,6 +47,20 @@ def reconstruct(args: argparse.Namespace) -> None:
         blank = np.full((2, -len(args.photos) % columns, *pairs.shape[2:]), 255, np.uint8)
         pairs = np.concatenate([pairs, blank], axis=1).reshape(2, -1, columns, *pairs.shape[2:]).swapaxes(0, 1)
     save(output, pairs.reshape(-1, *pairs.shape[-3:]), columns)
+
+
+def litter(args: argparse.Namespace) -> None:
+    """`dogvae litter`: children of two photos. A grid begins with the photos and their reconstructions."""
+    output, model = _begin(args, LITTER_COLUMNS + args.n)
+    import numpy as np
+
+    from dogvae.pictures import STILL, save
+
+    parents = [args.a, args.b]
+    pictures = _decode(model, model.litter_latents(*parents, args.n, args.seed, args.temperature))
+    if output.suffix.lower() in STILL:
+        pictures = np.concatenate([model.prepared(parents), model.reconstruct(parents), pictures])
+    save(output, pictures, LITTER_COLUMNS)
 
 
 def walk(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What `dogvae evaluate` shows: bounds on the likelihood, quality of reconstructions, Frechet distances of samples."""
+"""What `dogvae evaluate` shows: bounds on the likelihood, quality of reconstructions and of samples."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from dogvae import rng
 from dogvae.data.dataset import Dataset, Split
 from dogvae.errors import UsageError
 from dogvae.inference.elbo import evaluate, mean_error
+from dogvae.inference.features import Kinds, Report, collect, distances
 from dogvae.inference.model import PRIORS, DogVAE
+from dogvae.inference.verdict import judge_rows, rounded, verdict
 from dogvae.network.likelihood import bernoulli, explained, gaussian, squared_errors
 from dogvae.network.vae import VAE
-from dogvae.pictures import to_uint8
 from dogvae.rng import Stream
 
 SAMPLED = 2048  # pictures of each kind in a Frechet distance, which depends on their number
 CHUNK = 32  # images that a network gets at a time
 INCEPTION_SIDE = 299
-
-Report = Callable[[str, int, int], None]  # progress: (text, done, total)
 
 
 def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, report: Report) -> dict[str, Any]:
@@ -33,6 +32,7 @@ def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, repo
 
     `samples` is the number of draws of the importance-weighted bound. The Frechet distances compare the validation
     images with samples from each prior, and with training images: the distance that a perfect model could reach.
+    `dogvae.inference.verdict` has the judge's figures.
     Raises UsageError if the dataset's images have another size, or if `samples` is less than 1.
     """
     model.check_size(dataset)
@@ -47,11 +47,13 @@ def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, repo
     figures["ssim"] = _mean_ssim(net, val, model.device)
     figures |= bounds(model, val, samples, report)
     n = min(SAMPLED, max(len(val), len(dataset.train)))
-    kinds: dict[str, Callable[[], Iterator[Tensor]]] = {"validation": lambda: _chunks(val, n)}
-    kinds["training"] = lambda: _chunks(dataset.train, n)
+    kinds: Kinds = {"validation": lambda n: _chunks(val, n), "training": lambda n: _chunks(dataset.train, n)}
     for prior in PRIORS:
-        kinds[prior] = lambda prior=prior: _drawn(model, n, prior)  # type: ignore[misc]
-    figures["frechet"] = _frechets(kinds, n, lambda x: net.encoder(x.to(model.device))[0].flatten(1), report)
+        kinds[prior] = lambda n, prior=prior: _drawn(model, n, prior)  # type: ignore[misc]
+    figures["frechet"] = distances(
+        collect(kinds, n, lambda x: net.encoder(x.to(model.device))[0].flatten(1), "Frechet distance", report)
+    )
+    figures |= verdict(model, dataset, kinds, SAMPLED, report)
     figures["frechet_inception"], figures["without_inception"] = None, None
     if inception:
         try:
@@ -60,7 +62,7 @@ def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, repo
             reason = getattr(error, "reason", error)
             figures["without_inception"] = f"the Inception network's weights could not be downloaded: {reason}"
         else:
-            figures["frechet_inception"] = _frechets(kinds, n, network, report)
+            figures["frechet_inception"] = distances(collect(kinds, n, network, "Frechet distance", report))
     return figures
 
 
@@ -124,17 +126,6 @@ def ssim(a_bchw: Tensor, b_bchw: Tensor) -> Tensor:
     return index.mean(dim=(1, 2, 3))
 
 
-def frechet(a_nd: Tensor, b_md: Tensor) -> float:
-    """Frechet distance of two Gaussians that have the moments of two sets of features (Heusel et al. 2017, eq. 6)."""
-    a, b = a_nd.double(), b_md.double()
-    cov_a, cov_b = (torch.cov(x.T, correction=0) for x in (a, b))
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    # The trace of (A B)^(1/2) is that of (A^(1/2) B A^(1/2))^(1/2), which is symmetric.
-    both = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * both)
-
-
 @torch.inference_mode()
 def _mean_ssim(net: VAE, split: Split, device: torch.device) -> float:
     scores = []
@@ -142,22 +133,6 @@ def _mean_ssim(net: VAE, split: Split, device: torch.device) -> float:
         x = x.to(device)
         scores.append(ssim(net.decode_mean(net.encoder(x)[0]), x))
     return float(torch.cat(scores).double().mean())
-
-
-@torch.inference_mode()
-def _frechets(
-    kinds: dict[str, Callable[[], Iterator[Tensor]]], n: int, network: Callable[[Tensor], Tensor], report: Report
-) -> dict[str, float]:
-    """Frechet distances between the first kind of pictures and each of the others, in the features of `network`."""
-    features = {}
-    for kind, chunks in kinds.items():
-        parts: list[Tensor] = []
-        for x in chunks():
-            parts.append(network(x).float().cpu())
-            report(f"Frechet distance, {kind}: image", sum(map(len, parts)), n)
-        features[kind] = torch.cat(parts)
-    first, *others = features
-    return {kind: frechet(features[first], features[kind]) for kind in others}
 
 
 def _chunks(split: Split, most: int) -> Iterator[Tensor]:
@@ -169,7 +144,7 @@ def _chunks(split: Split, most: int) -> Iterator[Tensor]:
 def _drawn(model: DogVAE, n: int, prior: str) -> Iterator[Tensor]:
     """`n` samples (b, 3, h, h) in [0, 1], rounded to 8 bits as in a picture file."""
     for z in torch.from_numpy(model.sample_latents(n, prior=prior)).split(CHUNK):
-        yield torch.from_numpy(to_uint8(model.model.decode_mean(z.to(model.device)))).float() / 255
+        yield rounded(model.model.decode_mean(z.to(model.device)))
 
 
 def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -219,8 +194,11 @@ def table(figures: dict[str, Any], samples: int) -> str:
     for key, name in (("frechet", "Frechet distance, encoder"), ("frechet_inception", "Frechet distance, Inception")):
         for kind, value in (figures[key] or {}).items():
             rows.append((f"{name}: {kind if kind == 'training' else 'samples, ' + kind}", f"{value:,.1f}"))
+    rows += judge_rows(figures)
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value:>14}" for name, value in rows]
+    if figures["without_judge"]:
+        lines.append(figures["without_judge"])
     if figures["without_inception"]:
         lines.append(f"{figures['without_inception']}; everything else was computed")
     return "\n".join([f"{figures['images']:,} validation images", *lines])

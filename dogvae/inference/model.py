@@ -1,4 +1,4 @@
-"""`DogVAE`, a trained model: it samples, reconstructs, interpolates and finds neighbours. Does not import Ray."""
+"""`DogVAE`, a trained model: it samples, reconstructs, interpolates, crosses and finds neighbours. Without Ray."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from dogvae import rng
 from dogvae.data.dataset import Dataset, Split
 from dogvae.errors import UsageError
+from dogvae.inference.litter import children
 from dogvae.inference.user_images import Picture, Pictures, pixels
 from dogvae.network.prior import Gaussian
 from dogvae.network.vae import VAE
@@ -87,12 +88,7 @@ class DogVAE:
         return np.concatenate(list(self._latents(n, seed, temperature, prior)))
 
     def _latents(self, n: int, seed: int, temperature: float, prior: str) -> Iterator[np.ndarray]:
-        if n < 1:
-            raise UsageError(f"-n: {n} is too small, it must be at least 1")
-        if seed < 0:
-            raise UsageError(f"--seed: {seed} is too small, it must be at least 0")
-        if not 0 <= temperature < float("inf"):
-            raise UsageError(f"--temperature: {temperature} must be a finite number, at least 0")
+        _check_draw(n, seed, temperature)
         _check_prior(prior)
         for batch, start in enumerate(range(0, n, BATCH)):
             # Each batch has its own random stream and is drawn whole, so that a dog does not depend on `n`.
@@ -108,11 +104,16 @@ class DogVAE:
             return torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1).numpy()
         return self._gaussian.double().log_prob(z).numpy()
 
-    @torch.inference_mode()
     def encode(self, pictures: Pictures) -> np.ndarray:
         """Posterior means (n, d, s, s) float32 of n pictures. Raises UsageError if a picture cannot be used."""
+        return self.posterior(pictures)[0]
+
+    @torch.inference_mode()
+    def posterior(self, pictures: Pictures) -> tuple[np.ndarray, np.ndarray]:
+        """Posterior means and standard deviations, each (n, d, s, s) float32, of n pictures. Raises as `encode`."""
         x = torch.from_numpy(pixels(pictures, self.size))
-        return self._in_batches(lambda part: self.model.encoder(part.float() / 255)[0].cpu().numpy(), x)
+        both = self._in_batches(lambda part: torch.stack(self.model.encoder(part.float() / 255), 1).cpu().numpy(), x)
+        return both[:, 0].copy(), np.exp(both[:, 1] / 2)
 
     @torch.inference_mode()
     def decode(self, latents: np.ndarray | Tensor, pil: bool = False) -> Any:
@@ -182,6 +183,21 @@ class DogVAE:
         legs = [between(start, end, t) for start, end in itertools.pairwise(z)]
         return torch.cat([*(leg[:-1] for leg in legs[:-1]), legs[-1]]).numpy()
 
+    def litter(
+        self, a: Picture, b: Picture, n: int = 12, seed: int = 0, temperature: float = 0.7, pil: bool = False
+    ) -> Any:
+        """`n` children (n, h, h, 3) uint8 of two pictures: random mixtures of their latents, see `children`.
+
+        A seed always gives the same children; a smaller `n` gives the first of them. Raises UsageError as `sample`.
+        """
+        return self.decode(self.litter_latents(a, b, n, seed, temperature), pil)
+
+    def litter_latents(self, a: Picture, b: Picture, n: int, seed: int = 0, temperature: float = 0.7) -> np.ndarray:
+        """The latents (n, d, s, s) of the pictures of `litter`."""
+        _check_draw(n, seed, temperature)
+        _check_memory(n, 3 * self.size**2)
+        return children(*self.posterior([a, b]), n, seed, temperature)
+
     def check_size(self, dataset: Dataset) -> None:
         """Raise UsageError unless the dataset's images have this model's size."""
         if dataset.size != self.size:
@@ -237,6 +253,15 @@ def posteriors(
         var.append(logvar.exp().flatten(1).cpu())
         progress(sum(map(len, mu)), n)
     return torch.cat(mu), torch.cat(var)
+
+
+def _check_draw(n: int, seed: int, temperature: float) -> None:
+    if n < 1:
+        raise UsageError(f"-n: {n} is too small, it must be at least 1")
+    if seed < 0:
+        raise UsageError(f"--seed: {seed} is too small, it must be at least 0")
+    if not 0 <= temperature < float("inf"):
+        raise UsageError(f"--temperature: {temperature} must be a finite number, at least 0")
 
 
 def _check_prior(prior: str) -> None:

@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dogvae.console import say, stop_signals
 from dogvae.errors import UsageError
+from dogvae.inference.litter import children
 from dogvae.inference.load import load
 from dogvae.inference.model import METHODS, PRIORS, SPAN, DogVAE
 from dogvae.inference.user_images import photo
@@ -53,7 +54,7 @@ Latent = Annotated[str, Field(max_length=1 << 18)]  # little-endian float32 numb
 
 
 class Sample(BaseModel):
-    """A request for `n` new dogs, a litter."""
+    """A request for `n` new dogs."""
 
     n: int = Field(12, ge=1, le=MOST_SAMPLES)
     seed: int = Field(0, ge=0, lt=2**53)
@@ -74,6 +75,15 @@ class Walk(BaseModel):
     latents: list[Latent] = Field(min_length=2, max_length=MOST_STOPS)
     steps: int = Field(33, ge=2, le=MOST_STEPS)
     method: str = Field(METHODS[0], max_length=32)
+
+
+class Litter(BaseModel):
+    """A request for `n` children of two dogs."""
+
+    latents: list[Latent] = Field(min_length=2, max_length=2)
+    n: int = Field(12, ge=1, le=MOST_SAMPLES)
+    seed: int = Field(0, ge=0, lt=2**53)
+    temperature: float = Field(0.7, ge=0, le=3)
 
 
 class _BodyLimit:
@@ -177,6 +187,14 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
         content = await in_thread(lambda: animation(pictures, ".gif"))
         headers = {"Content-Disposition": "attachment; filename=walk.gif"}
         return Response(content, media_type="image/gif", headers=headers)
+
+    @app.post("/api/litter")
+    async def litter(request: Litter) -> dict[str, Any]:
+        parents = np.stack([unpack(latent) for latent in request.latents])
+        # The page sends no posterior, and a dog without a photo has none: the deviations are those of the pictures.
+        pictures = await decode(parents)
+        _, deviations = await in_thread(lambda: model.posterior(pictures))
+        return {"dogs": await dogs_of(children(parents, deviations, request.n, request.seed, request.temperature))}
 
     @app.exception_handler(UsageError)
     async def usage_error(request: Request, error: UsageError) -> JSONResponse:

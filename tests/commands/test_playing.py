@@ -117,6 +117,20 @@ def test_reconstruct_puts_photos_above_reconstructions(run: Run, place: Place) -
     assert np.array_equal(np.load("x.npy"), got[[0, 3]])
 
 
+def test_litter_puts_the_parents_above_the_children(run: Run, place: Place) -> None:
+    a, b = place.photos["a"], place.photos["b"]
+    assert run("litter", a, b) == ["litter.png"]
+    got = tiles(opened("litter.png"), 4, 16)
+    assert np.array_equal(got[:2], place.arrays[:2])
+    assert np.array_equal(got[2:4], place.model.reconstruct(place.arrays[:2]))
+    assert np.array_equal(got[4:], place.model.litter(a, b))
+    flags = ("-n", 5, "--seed", 3, "--temperature", 0.2)
+    assert run("litter", a, b, *flags, "-o", "x.npy", "--device", "cpu") == ["x.npy"]
+    assert np.array_equal(np.load("x.npy"), place.model.litter(a, b, 5, 3, 0.2))
+    run("litter", a, b, *flags, "-o", "x.gif")
+    assert len(frames_of("x.gif")[0]) == 2 * 5 - 2
+
+
 def test_interpolate_writes_a_gif_of_32_steps_and_back(run: Run, place: Place) -> None:
     a, b = place.photos["a"], place.photos["b"]
     assert run("interpolate", a, b) == ["walk.gif"]
@@ -221,6 +235,10 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "missing photo": ("reconstruct E A nowhere.jpg", "nowhere.jpg cannot be read: No such file"),
     "text for a photo": ("reconstruct E A text.jpg", "text.jpg cannot be used"),
     "folder for a photo": ("reconstruct E folder.png -o x.png", "folder.png cannot be read: Is a directory"),
+    "one parent": ("litter E A", "the following arguments are required: b"),
+    "missing parent": ("litter E A nowhere.jpg -o x.png", "nowhere.jpg cannot be read: No such file"),
+    "no children": ("litter E A B -n 0", "-n: 0 is too small, it must be at least 1"),
+    "too many children": ("litter E A B -n 9997", "-o: 10,001 pictures are too many for .png"),
     "one photo": ("interpolate E A", "the following arguments are required: b"),
     "one step": ("interpolate E A B --steps 1", "--steps: 1 is too small, it must be at least 2"),
     "method": ("interpolate E A B --method curved", "--method: 'curved' is none of linear, spherical"),

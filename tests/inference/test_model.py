@@ -178,6 +178,7 @@ def test_prepared_is_what_the_encoder_gets(model: DogVAE, dogs: np.ndarray) -> N
 PIL_CALLS: dict[str, Callable[[DogVAE, np.ndarray, bool], Any]] = {
     "sample": lambda m, dogs, pil: m.sample(3, seed=2, pil=pil),
     "decode": lambda m, dogs, pil: m.decode(m.sample_latents(3), pil=pil),
+    "litter": lambda m, dogs, pil: m.litter(dogs[0], dogs[1], 3, pil=pil),
     "reconstruct": lambda m, dogs, pil: m.reconstruct(dogs[:2], pil=pil),
     "interpolate": lambda m, dogs, pil: m.interpolate(dogs[0], dogs[1], steps=4, pil=pil),
     "walk": lambda m, dogs, pil: m.walk(list(dogs[:3]), steps=3, pil=pil),

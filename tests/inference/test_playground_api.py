@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from dogvae.data.drawn import draw
+from dogvae.inference.litter import children
 from dogvae.inference.model import METHODS, PRIORS, SPAN, DogVAE
 from dogvae.inference.playground import MOST_BYTES, make_app
 from tests.support.exports import LATENT
@@ -136,6 +137,19 @@ def test_walk_passes_through_its_dogs(app: FastAPI, model: DogVAE, method: str) 
     assert np.array_equal(pictures(steps), model.decode(path))
 
 
+def test_litter_lies_between_its_parents(app: FastAPI, model: DogVAE) -> None:
+    """The noise is that of the encoder's posterior of the parents' pictures."""
+    parents = ok(app, "sample", {"n": 2, "seed": 4})["dogs"]
+    latents = np.stack([unpack(dog) for dog in parents])
+    body = {"latents": [dog["latent"] for dog in parents]}
+    dogs = ok(app, "litter", body)["dogs"]
+    expected = children(latents, model.posterior(pictures(parents))[1], 12, 0, 0.7)
+    assert np.array_equal([unpack(dog) for dog in dogs], expected)
+    assert np.array_equal(pictures(dogs), model.decode(expected))
+    calm = ok(app, "litter", {**body, "n": 3, "seed": 5, "temperature": 0})["dogs"]
+    assert np.array_equal([unpack(dog) for dog in calm], children(latents, 0 * latents, 3, 5, 0))
+
+
 def test_walk_gif_runs_forwards_and_backwards(app: FastAPI) -> None:
     stops = ok(app, "sample", {"n": 3, "seed": 4})["dogs"]
     answer = send(app, "walk.gif", {"latents": [dog["latent"] for dog in stops], "steps": 5})
@@ -194,6 +208,11 @@ BAD: dict[str, tuple[str, Any]] = {
     "walk by a method of a megabyte": ("walk", {"latents": [ZERO] * 2, "method": "x" * MB}),
     "walk to NaN": ("walk", {"latents": [ZERO, pack(np.full(LATENT, np.nan))]}),
     "spherical walk to infinity": ("walk.gif", {"latents": [ZERO, pack(NUMBERS + np.inf)], "method": "spherical"}),
+    "litter of one dog": ("litter", {"latents": [ZERO]}),
+    "litter of three dogs": ("litter", {"latents": [ZERO] * 3}),
+    "litter of too many": ("litter", {"latents": [ZERO] * 2, "n": 65}),
+    "litter at temperature NaN": ("litter", {"latents": [ZERO] * 2, "temperature": float("nan")}),
+    "litter of NaN": ("litter", {"latents": [ZERO, pack(np.full(LATENT, np.nan))]}),
     "empty photo": ("photo", b""),
     "text as a photo": ("photo", b"this is a text file\n" * 10),
 }
@@ -246,9 +265,10 @@ LARGEST = NUMBERS + np.finfo(np.float32).max
     [
         ("move", {"latent": pack(LARGEST), "shifts": [3.0] * 12}, 200),
         ("walk", {"latents": [pack(LARGEST), ZERO], "steps": 3}, 200),
+        ("litter", {"latents": [pack(LARGEST), pack(-LARGEST)]}, 400),
         ("walk", {"latents": [pack(LARGEST), pack(-LARGEST)], "steps": 3, "method": "spherical"}, 400),
     ],
-    ids=["move", "walk", "walk that overflows"],
+    ids=["move", "walk", "litter that overflows", "walk that overflows"],
 )
 def test_latents_of_the_largest_numbers_are_no_server_error(app: FastAPI, path: str, body: Any, status: int) -> None:
     answer = send(app, path, body)

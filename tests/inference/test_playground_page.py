@@ -1,4 +1,4 @@
-"""The playground's page in Chromium: sliders, litters, the shelf, photos, walks, and errors."""
+"""The playground's page in Chromium: sliders, new dogs, the shelf, photos, walks, litters, and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.browser import CHROMIUM, FLAGS
 from tests.support.images import pixels
 from tests.support.playground import PHOTOS, Playground
 
-LITTER_SHOWN = "#litter .tile:nth-child(12) img[src^=data]"
+SAMPLES_SHOWN = "#samples .tile:nth-child(12) img[src^=data]"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ class Page:
         self.page.on("requestfinished", self._finished)
         self.page.on("requestfailed", self._finished)
         self.page.goto(self.address)
-        self.page.wait_for_selector(LITTER_SHOWN)
+        self.page.wait_for_selector(SAMPLES_SHOWN)
 
     def _request(self, request: Any) -> None:
         assert request.url.startswith((self.address, "data:", "blob:")), request.url
@@ -68,8 +68,8 @@ class Page:
     def sources(self, selector: str) -> list[str]:
         return [str(image.get_attribute("src")) for image in self.page.locator(selector).all()]
 
-    def litter(self) -> list[str]:
-        return self.sources("#litter img")
+    def samples(self) -> list[str]:
+        return self.sources("#samples img")
 
     def until(self, condition: Callable[[], object], seconds: float = 20) -> None:
         """Playwright's own waiting for a condition needs eval, which the page's policy forbids."""
@@ -78,8 +78,8 @@ class Page:
             assert time.monotonic() < end
             self.page.wait_for_timeout(30)
 
-    def until_another_litter(self, before: list[str]) -> None:
-        self.until(lambda: not set(before) & set(self.litter()))
+    def until_other_samples(self, before: list[str]) -> None:
+        self.until(lambda: not set(before) & set(self.samples()))
 
     def press(self, *keys: str) -> None:
         for key in keys:
@@ -116,7 +116,7 @@ def page(browser: Any, server: Playground) -> Iterator[Page]:
 def test_sliders_move_the_dog_and_buttons_reset_it(page: Page) -> None:
     """By keyboard: the picture is that of the slider's last value."""
     first = page.src("#dog")
-    assert first == page.litter()[0]
+    assert first == page.samples()[0]
     page.page.focus("#shift-0")
     page.press(*["ArrowRight"] * 7)
     assert page.page.input_value("#shift-0") == "0.7"
@@ -154,53 +154,53 @@ def test_dragging_a_slider_sends_one_request_at_a_time(page: Page) -> None:
     assert page.most_moving == 1
 
 
-def test_litters_follow_button_key_seed_prior_and_temperature(page: Page) -> None:
-    first, seed = page.litter(), page.page.input_value("#seed")
+def test_new_dogs_follow_button_key_seed_prior_and_temperature(page: Page) -> None:
+    first, seed = page.samples(), page.page.input_value("#seed")
     assert len(set(first)) == 12
     for _ in range(100):
         page.press("Tab")
-        if page.focused() == "new-litter":
+        if page.focused() == "draw":
             break
     page.press("Enter")
-    page.until_another_litter(first)
+    page.until_other_samples(first)
     assert page.page.input_value("#seed") != seed
     page.page.fill("#seed", seed)
-    page.until(lambda: page.litter() == first)
+    page.until(lambda: page.samples() == first)
     page.press("n")  # typed into the seed
     assert page.page.input_value("#seed") == seed
     page.page.focus("#shift-2")
     page.press("n")
-    page.until_another_litter(first)
+    page.until_other_samples(first)
 
-    second = page.litter()
+    second = page.samples()
     page.page.select_option("#prior", "normal")
-    page.until_another_litter(second)
+    page.until_other_samples(second)
     page.page.select_option("#prior", "mixture")
-    page.until(lambda: page.litter() == second)
+    page.until(lambda: page.samples() == second)
     page.page.fill("#temperature", "0")
-    page.until_another_litter(second)
+    page.until_other_samples(second)
     assert page.page.inner_text("#degrees") == "0.00"
     page.page.fill("#temperature", "1")
-    page.until(lambda: page.litter() == second)
+    page.until(lambda: page.samples() == second)
 
 
 def test_shelf_keeps_dogs_over_a_reload(page: Page) -> None:
-    litter, pins = page.litter(), page.page.locator("#litter .pin")
-    page.page.locator("#litter button").nth(2).click()
-    page.until(lambda: page.src("#dog") == litter[2])
+    samples, pins = page.samples(), page.page.locator("#samples .pin")
+    page.page.locator("#samples button").nth(2).click()
+    page.until(lambda: page.src("#dog") == samples[2])
     page.page.click("#keep")
     assert pins.nth(2).is_checked()
     pins.nth(5).check()
     pins.nth(6).check()
     pins.nth(6).uncheck()
-    assert page.sources("#shelf img") == [litter[2], litter[5]]
+    assert page.sources("#shelf img") == [samples[2], samples[5]]
     page.page.reload()
-    page.page.wait_for_selector(LITTER_SHOWN)
-    assert page.sources("#shelf img") == [litter[2], litter[5]]
+    page.page.wait_for_selector(SAMPLES_SHOWN)
+    assert page.sources("#shelf img") == [samples[2], samples[5]]
     page.page.locator("#shelf .pic").nth(1).click()
-    page.until(lambda: page.src("#dog") == litter[5])
+    page.until(lambda: page.src("#dog") == samples[5])
     page.page.locator("#shelf button[title=remove]").first.click()
-    assert page.sources("#shelf img") == [litter[5]]
+    assert page.sources("#shelf img") == [samples[5]]
     assert page.page.evaluate("document.activeElement.title") == "remove"  # of the next dog, for the keyboard
 
 
@@ -244,17 +244,47 @@ def test_two_photos_become_a_walk(page: Page, model: DogVAE) -> None:
     assert page.src("#dog") == page.src("#frame")
 
 
+def test_two_dogs_have_litters(page: Page) -> None:
+    """Of new dogs and of photos; a child can become your dog, and be kept."""
+
+    def litter() -> list[str]:
+        return page.sources("#litter img")
+
+    assert page.page.is_disabled("#again")
+    page.page.click("#use-from")
+    page.page.locator("#samples .pic").nth(3).click()
+    page.page.click("#use-to")
+    page.page.wait_for_selector("#litter .tile:nth-child(12) img[src^=data]")
+    first = litter()
+    assert len(set(first)) == 12
+    page.page.click("#again")
+    page.until(lambda: not set(first) & set(litter()))
+    child = litter()[4]
+    page.page.locator("#litter .pic").nth(4).click()
+    page.until(lambda: page.src("#dog") == child)
+    assert page.status() == "Child 5 is your dog now."
+    page.page.locator("#litter .pin").nth(6).check()
+    assert page.sources("#shelf img") == [litter()[6]]
+
+    before, requests = litter(), page.requests.count("litter")
+    assert requests == 2
+    files = [{"name": f"{i}.png", "mimeType": "image/png", "buffer": photo} for i, photo in enumerate(PHOTOS)]
+    page.page.set_input_files("#photos", files)
+    page.until(lambda: page.page.locator("#shelf .photo").count() == 2 and not set(before) & set(litter()))
+    assert page.requests.count("litter") > requests
+
+
 def test_ends_of_the_walk_are_chosen_by_clicks(page: Page) -> None:
-    litter = page.litter()
+    samples = page.samples()
     page.page.click("#walk-from")
     page.press("Escape")
     page.page.click("#walk-from")
-    page.page.locator("#litter button").nth(8).click()
+    page.page.locator("#samples button").nth(8).click()
     page.page.click("#use-to")
-    assert page.src("#walk-from img") == litter[8]
+    assert page.src("#walk-from img") == samples[8]
     page.page.wait_for_selector("#frame[src]")
     page.page.fill("#walk", "0")
-    page.until(lambda: page.src("#frame") == litter[8])
+    page.until(lambda: page.src("#frame") == samples[8])
     page.page.fill("#walk", "32")
     page.until(lambda: page.src("#frame") == page.src("#dog"))
 
@@ -269,9 +299,9 @@ def test_files_that_are_not_photos_are_named_and_photos_are_taken(page: Page, mo
     assert f"{name}: this photo cannot be used: " in page.status()
     assert np.array_equal(pixels(page.src("#walk-from img")), model.reconstruct(Image.open(io.BytesIO(PHOTOS[0])))[0])
     assert page.requests.count("photo") == 2  # the large one is not sent
-    before = page.litter()
-    page.page.click("#new-litter")
-    page.until_another_litter(before)
+    before = page.samples()
+    page.page.click("#draw")
+    page.until_other_samples(before)
     # Chromium itself writes a line about the server's answer of 400.
     page.messages = [line for line in page.messages if "responded with a status of 400" not in line]
 
@@ -291,12 +321,12 @@ def test_dropped_photo_is_added(page: Page, model: DogVAE) -> None:
 
 
 def test_server_errors_are_shown_and_the_page_goes_on(page: Page) -> None:
-    before = page.litter()
+    before = page.samples()
     answer = {"status": 500, "content_type": "application/json", "body": '{"error": "out of memory"}'}
     page.page.route("**/api/sample", lambda route: route.fulfill(**answer))
-    page.page.click("#new-litter")
+    page.page.click("#draw")
     page.until(lambda: page.status() == "out of memory")
-    assert page.litter() == before
+    assert page.samples() == before
     page.page.unroute("**/api/sample")
     page.page.route("**/api/move", lambda route: route.abort())
     page.page.focus("#shift-0")
@@ -306,8 +336,8 @@ def test_server_errors_are_shown_and_the_page_goes_on(page: Page) -> None:
     before_move = page.src("#dog")
     page.press("ArrowRight")
     page.until(lambda: page.src("#dog") != before_move)
-    page.page.click("#new-litter")
-    page.until_another_litter(before)
+    page.page.click("#draw")
+    page.until_other_samples(before)
     page.messages = [line for line in page.messages if "Failed to load resource" not in line]
 
 
@@ -319,8 +349,9 @@ def test_mobile_layout_fits_360_pixels(browser: Any, server: Playground, scheme:
     files = [{"name": "a" * 120 + ".png", "mimeType": "image/png", "buffer": photo} for photo in PHOTOS]
     page.page.set_input_files("#photos", files)
     page.page.wait_for_selector("#frame[src]")
+    page.page.wait_for_selector("#litter .tile:nth-child(12)")
     page.page.get_by_text("4 more").tap()
-    page.page.locator("#litter button").first.tap()
+    page.page.locator("#samples button").first.tap()
     assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
     wide = "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > 360).map(e => e.id)"
     assert page.page.evaluate(wide) == []
