@@ -32,7 +32,7 @@ def photos_of(dataset: str | Path) -> np.ndarray:
 
 
 def config_for(dataset: str | Path, preset: str, args: argparse.Namespace, **settings: Any) -> Config:
-    """The Config of a preset for this dataset, with --samples, --batch-size and --width of the command line, if given."""
+    """The Config of a preset for this dataset, with --samples, --batch-size and, if given, --width."""
     data = Dataset(dataset)
     given = {"samples": args.samples, "batch_size": args.batch_size, **settings}
     if args.width:

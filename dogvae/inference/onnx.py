@@ -33,7 +33,7 @@ def export_onnx(folder: str | Path) -> None:
     """Add encoder.onnx and decoder.onnx to an export folder. Both take a batch of any size n.
 
     The encoder maps `pictures` (n, 3, h, h) float32 in [0, 1] to the posterior's `mean` and `logvar`, each
-    (n, d, 4, 4). The decoder maps `latents` (n, d, 4, 4) to `pictures`. Raises UsageError if the packages are missing
+    (n, d, s, s). The decoder maps `latents` (n, d, s, s) to `pictures`. Raises UsageError if the packages are missing
     or the folder is not on a disk, and RunFailed if the outputs differ from PyTorch's. Then no file is added.
     """
     try:

@@ -44,6 +44,27 @@ class Residual(nn.Module):
         return x_bchw + self.second(F.silu(self.first(F.silu(x_bchw))))
 
 
+class PixelUnshuffle(nn.PixelUnshuffle):
+    """(b, c, h, w) to (b, 4 c, h / 2, w / 2), as torch's, which leaves the shape of a batch without images as it is.
+
+    A rank has no image of a last batch that is smaller than the number of ranks.
+    """
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        """(b, 4 c, h / 2, w / 2)."""
+        b, c, h, w = x_bchw.shape
+        return x_bchw.reshape(b, 4 * c, h // 2, w // 2) if b == 0 else super().forward(x_bchw)
+
+
+class PixelShuffle(nn.PixelShuffle):
+    """(b, 4 c, h, w) to (b, c, 2 h, 2 w): the inverse of `PixelUnshuffle`."""
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        """(b, c, 2 h, 2 w)."""
+        b, c, h, w = x_bchw.shape
+        return x_bchw.reshape(b, c // 4, 2 * h, 2 * w) if b == 0 else super().forward(x_bchw)
+
+
 def _widths(config: ModelConfig) -> list[int]:
     """Channels at half the image's side, a quarter, and so on to the side of the latent map."""
     stages = (config.image_size // config.latent_side).bit_length() - 1
@@ -56,7 +77,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         widths = _widths(config)
-        layers: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, widths[0], 3, padding=1), Residual(widths[0])]
+        layers: list[nn.Module] = [PixelUnshuffle(2), nn.Conv2d(12, widths[0], 3, padding=1), Residual(widths[0])]
         for above, width in itertools.pairwise(widths):
             layers += [nn.Conv2d(above, width, 4, stride=2, padding=1), Residual(width)]
         layers += [nn.SiLU(), nn.Conv2d(widths[-1], 2 * config.latent_dim, 3, padding=1)]
@@ -78,12 +99,12 @@ class Decoder(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(config.latent_dim, widths[0], 3, padding=1)]
         layers += [Residual(widths[0]), Residual(widths[0])]
         for below, width in itertools.pairwise(widths):
-            layers += [nn.Conv2d(below, 4 * width, 1), nn.PixelShuffle(2), Residual(width), Residual(width)]
+            layers += [nn.Conv2d(below, 4 * width, 1), PixelShuffle(2), Residual(width), Residual(width)]
         pixels = nn.Conv2d(widths[-1], 12, 3, padding=1)
         nn.init.normal_(pixels.weight, std=FIRST_OUTPUT)
         assert pixels.bias is not None
         nn.init.zeros_(pixels.bias)
-        self.layers = nn.Sequential(*layers, nn.SiLU(), pixels, nn.PixelShuffle(2))
+        self.layers = nn.Sequential(*layers, nn.SiLU(), pixels, PixelShuffle(2))
 
     def forward(self, z_bchw: Tensor) -> Tensor:
         """Outputs of the pixels, (b, 3, h, h)."""

@@ -99,7 +99,7 @@ class Trainer:
         error = errors.detach().double().sum()
         if self.world_size > 1:
             dist.all_reduce(error)
-        pixels = x[0].numel()
+        pixels = x.shape[1:].numel()  # a rank may have no image
         return likelihood.gaussian(errors, likelihood.best_sigma(error, n * pixels).float(), pixels)
 
     def _objective(self, reconstruction: Tensor, kl: Tensor, beta: float, n: int) -> Tensor:

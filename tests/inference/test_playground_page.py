@@ -175,7 +175,7 @@ def test_new_dogs_follow_button_key_seed_prior_and_temperature(page: Page) -> No
     second = page.samples()
     page.page.select_option("#prior", "normal")
     page.until_other_samples(second)
-    page.page.select_option("#prior", "mixture")
+    page.page.select_option("#prior", "gaussian")
     page.until(lambda: page.samples() == second)
     page.page.fill("#temperature", "0")
     page.until_other_samples(second)

@@ -167,6 +167,16 @@ def test_gradient_of_a_batch_is_the_mean_of_the_gradients_of_its_images() -> Non
         assert mean.norm() > 0
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batch_without_images_has_outputs_and_gradients_of_its_shape(architecture: str) -> None:
+    """A rank has no image of a last batch that is smaller than the number of ranks."""
+    model = VAE(config_of(architecture=architecture)).eval()
+    outputs, mu, _ = model(torch.rand(0, 3, 32, 32), torch.randn(2, 0, 3, 4, 4))
+    assert (outputs.shape, mu.shape) == ((2, 0, 3, 32, 32), (0, 3, 4, 4))
+    outputs.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.decoder.parameters())
+
+
 # --- posterior samples
 
 
