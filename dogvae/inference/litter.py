@@ -11,7 +11,7 @@ from dogvae import rng
 from dogvae.rng import Stream
 
 KNOTS = 3  # random numbers along each side of a mask: the middle of a picture, where the dog is, and its edges
-CONTRAST = 2.0  # of a mask: a quarter of the random numbers give more than 80% of one parent, a quarter of the other
+CONTRAST = 3.0  # of a mask: half of the random numbers give one of the parents a share of 88% or more
 
 
 def children(means: np.ndarray, deviations: np.ndarray, n: int, seed: int, temperature: float) -> np.ndarray:
