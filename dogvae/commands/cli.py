@@ -122,7 +122,9 @@ def parser() -> argparse.ArgumentParser:
     neighbours.add_argument("-k", type=int, default=7, help="how many neighbours each has (default: 7)")
     neighbours.add_argument("-n", type=int, default=8, help="how many samples, if no photos are given (default: 8)")
     add_sampling(neighbours)
-    evaluate = add_playing("evaluate", _evaluate, "print bounds on the likelihood, PSNR, SSIM and Frechet distances")
+    evaluate = add_playing(
+        "evaluate", _evaluate, "print bounds on the likelihood, PSNR, SSIM, Frechet distances and the share of dogs"
+    )
     evaluate.add_argument("dataset", help=DATASET)
     evaluate.add_argument(
         "--samples", type=int, default=64, help="samples of the importance-weighted bound (default: 64)"

