@@ -273,7 +273,7 @@ def test_interrupted_run_leaves_no_dataset_and_the_next_one_cleans_up(tmp_path: 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"size": 65}, r"--size 65: must be one of 32, 64, 128"),
+        ({"size": 65}, r"--size 65: must be one of 32, 64, 96, 128"),
         ({"val_fraction": 0.0}, "--val-fraction"),
         ({"val_fraction": 1}, "--val-fraction"),
         ({"val_fraction": float("nan")}, "--val-fraction"),

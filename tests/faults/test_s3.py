@@ -27,7 +27,7 @@ def test_run_on_s3_resumes_to_the_same_bits(
     run = Storage(s3.uri("runs")) / "run"
     train(job(dataset), run, stop_at=20, safety=Safety(checkpoint_steps=5))
     train(job(dataset), run)
-    assert differing(final(run), final(alone["batch"])) == []
+    assert differing(final(run), final(alone["default"])) == []
     assert [r["epoch"] for r in metrics.read(run)] == [0, 1, 2, 3]
     names = run.names()
     assert "metrics.jsonl" in names

@@ -93,7 +93,7 @@ def dogs(write_dataset: WriteDataset) -> str:
     [
         ("search --trials 0", "--trials: 0 .* 1$"),
         ("search --trials many", "--trials.*'many'.*python -m tune search --help"),
-        ("search --epochs -2", "--epochs: -2 .* 1$"),
+        ("search --epochs -2", "--epochs: -2 .* 0$"),
         ("search --seed 4294967296", "--seed: 4294967296 .* 4294967295$"),
         ("search --search lr=choice(0.1) --set lr=0.1", "--search lr: --set fixes it already"),
         ("search --searcher grid", "--searcher: 'grid' .* random, optuna$"),
@@ -224,7 +224,7 @@ def test_flags_become_the_plan(searches: Searches, dogs: str, shell: Shell) -> N
     assert SearchPlan.from_dict(open_search("runs", "s").about, "s") == plan
 
 
-@pytest.mark.parametrize(("typed", "preset", "epochs"), [("", "small", 12), ("--set preset=notebook", "notebook", 50)])
+@pytest.mark.parametrize(("typed", "preset", "epochs"), [("", "small", 8), ("--set preset=notebook", "notebook", 50)])
 def test_search_without_data_is_small(
     typed: str, preset: str, epochs: int, searches: Searches, dogs: str, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,7 +255,7 @@ def test_dry_run_prints_the_plan_and_changes_nothing(dogs: str, shell: Shell, tw
     status, said, _ = shell.run("search", "--data", dogs, "--trials", "3", "--seed", "4", "--dry-run")
     assert status == 0
     shown, end = json.JSONDecoder().raw_decode(said, said.index("{"))
-    assert (shown["trials"], shown["seed"], shown["space"]["lr"]) == (3, 4, "loguniform(0.0001,0.01)")
+    assert (shown["trials"], shown["seed"], shown["space"]["lr"]) == (3, 4, "loguniform(0.0003,0.01)")
     told, *first = said[end:].strip().splitlines()
     assert told == "2 at once; the first settings:"
     assert first == [str(PLAN.space.setting(4, n)) for n in range(3)]
