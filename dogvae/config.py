@@ -12,7 +12,7 @@ from dogvae.errors import UsageError
 
 IMAGE_SIZES = tuple(range(32, 257, 32))
 CROPS = ("center", "box")
-SHOWN, LEAST_EPOCHS = 60_000, 4  # of a run with `epochs` 0: images in all epochs together, and epochs
+SHOWN, LEAST_EPOCHS = 50_000, 4  # of a run with `epochs` 0: images in all epochs together, and epochs
 REMOVED = (
     "compile",
     "gradient_compression",
