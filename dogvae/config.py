@@ -185,6 +185,8 @@ class Config(_Checked):
         """A Config from the JSON of `to_dict`; a UsageError about any other text names the file `where`."""
         try:
             return Config.make_nested(json.loads(text))
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from error
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise UsageError(f"{where} is not the configuration of a run: {error}") from error
 

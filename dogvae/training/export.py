@@ -39,6 +39,9 @@ def export(run: Storage, config: Config, folder: Storage | None = None) -> Stora
     best = Checkpoints(run).best()
     if best is None or best.meta.get("val_loss") is None:
         raise UsageError(f"{run.uri} has no finished epoch to export: train it first")
+    metrics = best.meta["records"][-1]
+    if "val_sigma" not in metrics:
+        raise UsageError(f"{run.uri} was trained by dogvae 0.1: export it with that version")
     weights = part(best.tensors, "ema") or part(best.tensors, "model")
     model = VAE(config.model).eval()
     model.load_state_dict(weights)
@@ -54,8 +57,8 @@ def export(run: Storage, config: Config, folder: Storage | None = None) -> Stora
         "model": config.to_dict()["model"],
         "training": {k: v for k, v in config.to_dict().items() if k not in ("model", "data")},
         "dataset_fingerprint": config.fingerprint,
-        "metrics": best.meta["records"][-1],
-        "sigma": best.meta["records"][-1]["val_sigma"],
+        "metrics": metrics,
+        "sigma": metrics["val_sigma"],
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "dogvae": __version__,
     }
