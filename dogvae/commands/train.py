@@ -89,9 +89,12 @@ def finish(storage: Storage, config: Config, logdir: str) -> None:
     from dogvae.training.export import export
 
     folder = export(storage, config).uri
-    best = metrics.best(metrics.read(storage))
+    records = metrics.read(storage)
+    best = metrics.best(records)
     if best:
         say(f"\nthe best    epoch {best['epoch'] + 1}: {metrics.describe(best)} (0: the mean image, 1: perfect)")
+    if metrics.still_improving(records):
+        say(f"            it was still improving: more epochs help, such as --epochs {2 * config.epochs}")
     say(f"""\
 the run     {storage.uri}
 the model   {folder}

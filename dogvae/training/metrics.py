@@ -19,6 +19,7 @@ from dogvae.console import warn
 from dogvae.storage import Storage
 
 FILE = "metrics.jsonl"
+LEAST_GAIN = 0.03  # of a run that is still improving
 CLOSE_S = 30.0  # how long a run waits at its end for the last write
 
 
@@ -39,6 +40,14 @@ def with_finite_loss(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def best(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The record with the least validation loss, or None."""
     return min(with_finite_loss(records), key=lambda r: r["val_loss"], default=None)
+
+
+def still_improving(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether the last quarter of the epochs lowered the unexplained share of the variance by more than 3%."""
+    if len(records) < 4:
+        return False
+    before, after = (records[i]["val_explained"] for i in (-1 - len(records) // 4, -1))
+    return None not in (before, after) and 1 - after < (1 - LEAST_GAIN) * (1 - before)
 
 
 def describe(record: dict[str, Any]) -> str:

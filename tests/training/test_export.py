@@ -237,6 +237,18 @@ def test_run_without_a_finished_epoch_cannot_be_exported(few_photos: Path, tmp_p
     assert not (run / "export").exists()
 
 
+def test_run_of_version_0_1_names_the_version_that_exports_it(run: tuple[Path, Config], tmp_path: Path) -> None:
+    saved = best(run[0])
+    (record,) = saved.meta["records"][-1:]
+    del record["val_sigma"]
+    checkpoints = Checkpoints(Storage(tmp_path))
+    checkpoints.save(saved.tensors, saved.meta)
+    checkpoints.wait()
+    with pytest.raises(UsageError, match=r"was trained by dogvae 0\.1: export it with that version"):
+        export(Storage(tmp_path), run[1])
+    assert not (tmp_path / "export").exists()
+
+
 def test_is_export_distinguishes_exports_from_runs(run: tuple[Path, Config], folder: Path, tmp_path: Path) -> None:
     assert is_export(str(folder))
     for path in (run[0], run[1].data, tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dogvae.storage import Storage
-from dogvae.training.metrics import Recorder, read
+from dogvae.training.metrics import Recorder, read, still_improving
 from tests.support.storage import UnreliableStorage
 
 TAGS = {
@@ -84,6 +84,23 @@ def test_every_epoch_is_at_once_in_metrics_jsonl_and_tensorboard(tmp_path: Path)
         check_tensorboard(tmp_path, expected, {e: e for e in (0, 2) if e <= epoch})
     recorder.close()
     check_tensorboard(tmp_path, expected, {0: 0, 2: 2})
+
+
+@pytest.mark.parametrize(
+    ("explained", "improving"),
+    [
+        ([0.6, 0.7, 0.8, 0.81], True),  # 0.2 to 0.19 is 5% less
+        ([0.6, 0.7, 0.8, 0.805], False),  # 2.5% less
+        ([0.6, 0.7, 0.8, 0.79], False),
+        ([0.6, 0.7, 0.8], False),  # too few epochs to say
+        ([0.5, 0.6, 0.7, 0.8, 0.8, 0.8, 0.8, 0.8], False),
+        ([0.6, 0.7, None, 0.8], False),
+    ],
+)
+def test_run_is_still_improving_if_its_last_quarter_left_less_unexplained(
+    explained: list[float | None], improving: bool
+) -> None:
+    assert still_improving([{"val_explained": value} for value in explained]) == improving
 
 
 def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
