@@ -161,8 +161,8 @@ def plan_new(args: argparse.Namespace, name: str, data: str) -> tuple[Storage, S
     fixed = parse_fixed(args.fixed)
     space = Space.parse(args.search, fixed)
     settings: dict[str, Any] = {"seed": args.seed or 0, **fixed}
-    if args.data is None:
-        settings = {"preset": "small", "epochs": 8, **settings}  # minutes
+    if args.data is None and "preset" not in settings:
+        settings = {"preset": "small", "epochs": 8, **settings}  # within minutes
     if args.epochs is not None:
         settings["epochs"] = args.epochs
     config = Config.make(data=data, **settings)

@@ -26,6 +26,7 @@ from tests.support.searches import PLAN, Spec, contents, entry, searched, settin
 from tune import search
 from tune.ranking import best_run
 from tune.search_folder import SearchPlan, open_search
+from tune.space import Space
 
 CHECKPOINT = "checkpoints/step-{:09d}-0123456789abcdef.safetensors"
 
@@ -258,7 +259,7 @@ def test_dry_run_prints_the_plan_and_changes_nothing(dogs: str, shell: Shell, tw
     assert (shown["trials"], shown["seed"], shown["space"]["lr"]) == (3, 4, "loguniform(0.0003,0.01)")
     told, *first = said[end:].strip().splitlines()
     assert told == "2 at once; the first settings:"
-    assert first == [str(PLAN.space.setting(4, n)) for n in range(3)]
+    assert first == [str(Space.parse([], {}).setting(4, n)) for n in range(3)]
     assert contents(shell.folder) == before
 
 
