@@ -23,6 +23,7 @@ from dogvae.network.vae import VAE
 from dogvae.pictures import grid, png
 from dogvae.storage import Storage
 from dogvae.training.checkpoint import Checkpoints, part
+from dogvae.training.metrics import explained_text
 from dogvae.training.run_folder import CONFIG
 
 FOLDER = "export"
@@ -134,7 +135,7 @@ A variational autoencoder of dog photos: {size}x{size} RGB images to a {dims}-di
 | reconstruction | {metrics["val_reconstruction"]:.1f} nats |
 | KL | {metrics["val_kl"]:.1f} nats |
 | bits per dimension | {metrics["val_bits_per_dim"]:.3f} |
-| explained (0: the mean image, 1: perfect) | {metrics["val_explained"]:.3f} |
+| explained (0: the mean image, 1: perfect) | {explained_text(metrics["val_explained"])} |
 | PSNR | {metrics["val_psnr"]:.2f} dB |
 | active latents of {dims} | {metrics["val_active_latents"]} |
 

@@ -55,7 +55,14 @@ def describe(record: dict[str, Any]) -> str:
     names = ("loss", "reconstruction", "kl", "explained", "psnr")
     loss, reconstruction, kl, explained, psnr = (record[f"val_{name}"] for name in names)
     terms = f"loss {loss:.0f} = reconstruction {reconstruction:.0f} + KL {kl:.0f}"
-    return f"{terms}, explained {explained:.3f}, {psnr:.1f} dB"
+    return f"{terms}, explained {explained_text(explained)}, {psnr:.1f} dB"
+
+
+def explained_text(explained: float | None) -> str:
+    """`val_explained` in words; None, which JSON has for NaN, and NaN mean that it is not defined."""
+    if explained is None or math.isnan(explained):
+        return "not defined (the images do not differ)"
+    return f"{explained:.3f}"
 
 
 def json_ready(record: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dogvae.storage import Storage
-from dogvae.training.metrics import Recorder, read, still_improving
+from dogvae.training.metrics import Recorder, describe, json_ready, read, still_improving
 from tests.support.storage import UnreliableStorage
 
 TAGS = {
@@ -101,6 +101,13 @@ def test_run_is_still_improving_if_its_last_quarter_left_less_unexplained(
     explained: list[float | None], improving: bool
 ) -> None:
     assert still_improving([{"val_explained": value} for value in explained]) == improving
+
+
+def test_epoch_of_images_that_do_not_differ_is_described_before_and_after_json() -> None:
+    names = ("loss", "reconstruction", "kl", "psnr")
+    record = {f"val_{name}": 1.0 for name in names} | {"val_explained": math.nan}
+    for each in (record, json_ready(record)):
+        assert describe(each).endswith("explained not defined (the images do not differ), 1.0 dB")
 
 
 def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
