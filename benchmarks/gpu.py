@@ -44,7 +44,6 @@ from dogvae.training.loop import loop
 from dogvae.training.observer import Observer
 from dogvae.training.optimizer import Adam
 from dogvae.training.step import Trainer
-from dogvae.training.sums import described
 from roofline import settle
 
 MOST_APART = 0.01  # of the two curves' losses, relative: what a changed order of sums and bf16 may do
@@ -211,7 +210,7 @@ def curves(bench: Bench) -> dict[str, Any]:
         for number, images in enumerate(Batches(data, bench.device)(order)):
             trainer.step(images, batch, number * 10 // steps, number, steps)
             if (number + 1) % (steps // chunks) == 0:
-                losses[name].append(described(trainer.sums.over_ranks(), 1)["train_loss"])
+                losses[name].append(trainer.sums.described(trainer.sums.over_ranks(), 1)["train_loss"])
                 trainer.sums.clear()
     apart = max(abs(a / b - 1) for a, b in zip(losses["as it is"], losses["plain"], strict=True))
     bench.check("losses as they are and of a plain step agree", apart < MOST_APART, f"{apart:.3%} apart at most")

@@ -18,17 +18,14 @@ from dogvae import rng
 from dogvae.config import Config, Safety
 from dogvae.data.dataset import Batches, epoch_order, rank_slice
 from dogvae.errors import OutOfMemory, RunFailed
-from dogvae.inference.elbo import evaluate, mean_error
-from dogvae.network import likelihood
 from dogvae.storage import Storage
-from dogvae.training import metrics, previews
+from dogvae.training import metrics
 from dogvae.training.checkpoint import Checkpoint, Checkpoints
 from dogvae.training.observer import Observer
 from dogvae.training.preflight import check_same_run, check_storage, open_dataset
 from dogvae.training.ranks import all_gather, broadcast, on_all_ranks, rank_and_world_size
 from dogvae.training.schedule import beta_at, lr_at
 from dogvae.training.step import Trainer
-from dogvae.training.sums import described
 
 PICTURES = 10  # how often during a run pictures go to TensorBoard
 POLL_STEPS_CUDA = 8  # steps between two polls on a GPU: each poll makes the host wait for the GPU
@@ -83,7 +80,8 @@ class _Run:
                 workers = f"{self.world_size} worker{'s' if self.world_size > 1 else ''}"
                 observer.note(f"going on in epoch {self.meta['epoch'] + 1} after step {done}, with {workers}")
         if self.meta["mean_error"] is None:
-            self.meta["mean_error"] = broadcast(mean_error(self.dataset) if self.rank == 0 else None)
+            baseline = self.trainer.task.baseline
+            self.meta["mean_error"] = broadcast(baseline(self.dataset) if self.rank == 0 else None)
         self.recorder = metrics.Recorder(storage, self.meta["records"], observer.note) if self.rank == 0 else None
         self.saved_at = self.asked_at = time.monotonic()
         self.node_leaves = False  # then there is a checkpoint after every step
@@ -124,16 +122,21 @@ class _Run:
             return None
         trained = time.perf_counter() - began
         sums = trainer.sums.over_ranks()
-        val = evaluate(trainer.evaluated_model, self.dataset.val, trainer.device, self.rank, self.world_size)
+        val = trainer.task.validate(
+            trainer.evaluated_model,
+            self.dataset.val,
+            trainer.device,
+            self.rank,
+            self.world_size,
+            self.meta["mean_error"],
+        )
         self._check_same_weights()
         last = epoch + (self.steps - 1) / self.steps
         record = {
             "epoch": epoch,
             "step": (epoch + 1) * self.steps,
-            **described(sums, self.steps),
-            "val_explained": likelihood.explained(val.pop("error"), self.meta["mean_error"]),
+            **trainer.sums.described(sums, self.steps),
             **{f"val_{name}": value for name, value in val.items()},
-            "val_loss_per_pixel": val["loss"] / (3 * config.model.image_size**2),
             "lr": lr_at(config, last),
             "beta": beta_at(config, last),
             "images_per_s": (n - first * config.batch_size) / trained,
@@ -243,9 +246,8 @@ class _Run:
 
     @torch.inference_mode()
     def _pictures(self) -> dict[str, np.ndarray]:
-        photos = self.dataset.val.gather(np.arange(min(8, len(self.dataset.val))))
         model = self.trainer.evaluated_model.eval()
         try:
-            return previews.preview_sheets(model, photos, self.trainer.device)
+            return self.trainer.task.pictures(model, self.dataset, self.trainer.device)
         finally:
             model.train()

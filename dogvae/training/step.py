@@ -11,21 +11,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dogvae import rng
 from dogvae.config import Config
 from dogvae.data.dataset import rank_slice
-from dogvae.network import likelihood
-from dogvae.network.vae import VAE
 from dogvae.rng import Stream
 from dogvae.training.augment import augment, draws
 from dogvae.training.checkpoint import part
 from dogvae.training.memory import keep_freed_memory
 from dogvae.training.optimizer import Adam
-from dogvae.training.schedule import beta_at, lr_at
+from dogvae.training.schedule import lr_at
 from dogvae.training.sums import EpochSums
+from dogvae.training.task import Task, VAETask
 
 
 class Trainer:
@@ -36,10 +35,8 @@ class Trainer:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         # Every rank starts from the same weights, at every world size.
         torch.manual_seed(rng.seed(Stream.WEIGHTS, config.seed))
-        # The default network is a fifth faster with colours innermost, also on CPUs; the notebook's there is not.
-        innermost = device.type == "cuda" or config.model.architecture == "default"
-        self.memory_format = torch.channels_last if innermost else torch.contiguous_format
-        self.model = VAE(config.model).to(device).to(memory_format=self.memory_format)
+        self.task: Task = VAETask(config, device)
+        self.model = self.task.network().to(device).to(memory_format=self.task.memory_format)
         if device.type == "cpu":
             keep_freed_memory()
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
@@ -60,7 +57,7 @@ class Trainer:
             config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         self.noise = torch.Generator(device)
-        self.sums = EpochSums(device)  # of this epoch
+        self.sums = EpochSums(device, self.task.terms)  # of this epoch
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # steps skipped in a row, up to now
 
     def step(self, images: Tensor, n: int, epoch: int, step: int, steps: int) -> None:
@@ -71,44 +68,19 @@ class Trainer:
         if config.augment:
             flip, degrees = (torch.from_numpy(a[mine]).to(device) for a in draws(n, config.seed, epoch, step))
             x = augment(x, flip, degrees)
-        x = x.contiguous(memory_format=self.memory_format)
+        x = x.contiguous(memory_format=self.task.memory_format)
         self.noise.manual_seed(rng.seed(Stream.POSTERIOR, config.seed, epoch, step))
-        noise = torch.randn((config.samples, n, *self.model.latent_shape), generator=self.noise, device=device)
+        noise = torch.randn((config.samples, n, *self.task.noise_shape), generator=self.noise, device=device)
         # Batch norm takes its statistics in passing: should the step be skipped, they are put back.
         before = [buffer.clone() for buffer in self.model.buffers()]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            outputs, mu, logvar = self.net(x, noise[:, mine])
-        reconstruction = self._reconstruction(outputs, x, n)
-        kl = likelihood.kl(mu, logvar)
-        beta = beta_at(config, epoch + step / steps)
-        objective = self._objective(reconstruction.sum(), kl.sum(), beta, n)
+            objective, nats = self.task.losses(self.net, x, noise[:, mine], n, epoch + step / steps)
         self.model.zero_grad(set_to_none=True)
         # DDP averages over ranks: times their number, the slices' sums add up to the mean over the global batch.
         (objective * self.world_size).backward()
         skipped, norm = self._update(lr_at(config, epoch + step / steps), epoch * steps + step, before)
-        nats = torch.stack([reconstruction.sum() + beta * kl.sum(), reconstruction.sum(), kl.sum()]).detach()
         self.sums.add(len(x), nats, norm, skipped)
         self.streak = (self.streak + 1) * skipped.long()
-
-    def _reconstruction(self, outputs: Tensor, x: Tensor, n: int) -> Tensor:
-        """Negative log likelihood of this rank's images, (b,), with the best sigma for the global batch of `n`."""
-        if self.config.model.likelihood == "bernoulli":
-            return likelihood.bernoulli(outputs, x)
-        errors = likelihood.squared_errors("gaussian", outputs, x)
-        # As a constant, the best sigma gives the same gradients: the loss is flat there.
-        error = errors.detach().double().sum()
-        if self.world_size > 1:
-            dist.all_reduce(error)
-        pixels = x.shape[1:].numel()  # a rank may have no image
-        return likelihood.gaussian(errors, likelihood.best_sigma(error, n * pixels).float(), pixels)
-
-    def _objective(self, reconstruction: Tensor, kl: Tensor, beta: float, n: int) -> Tensor:
-        """This rank's part of the loss of a global batch of `n` images, from sums over its own images."""
-        if self.config.loss_scale == "image":
-            return (reconstruction + beta * kl) / n
-        # The notebook: cross-entropy averaged over the pixels there are, KL over those of a full batch.
-        pixels = 3 * self.config.model.image_size**2
-        return reconstruction / (n * pixels) + beta * kl / (self.config.batch_size * pixels)
 
     def _update(self, lr: float, number: int, before: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Apply the gradients of step `number` of the run, unless they are not finite: then nothing changes, and the
@@ -138,7 +110,7 @@ class Trainer:
         return sum(p.numel() * p.element_size() for p in self.parameters.values())
 
     @property
-    def evaluated_model(self) -> VAE:
+    def evaluated_model(self) -> nn.Module:
         """The model that is validated and exported: the averaged weights if there are any."""
         return self.ema or self.model
 

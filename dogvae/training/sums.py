@@ -6,45 +6,45 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-OF_A_RANK = ("images", "loss", "reconstruction", "kl")  # the last three in nats, summed over this rank's images
-OF_ALL = ("gradient_norm", "skipped_steps")  # the same on every rank
+OF_ALL = ("gradient_norm", "skipped_steps")  # the same on every rank; before them come sums over a rank's images
 
 
 class EpochSums:
     """Sums over the steps of an epoch on one rank, float64, on the device; skipped steps count as such only."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(OF_A_RANK) + len(OF_ALL), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, terms: tuple[str, ...]) -> None:
+        self.terms = terms
+        self._sums = torch.zeros(1 + len(terms) + len(OF_ALL), dtype=torch.float64, device=device)
 
-    def add(self, images: int, nats: Tensor, gradient_norm: Tensor, skipped: Tensor) -> None:
-        """Add a step. `nats` (3,) are its sums of loss, reconstruction and KL; `skipped` () is 0 or 1."""
-        step = torch.cat([nats.new_tensor([images], dtype=torch.float64), nats.double(), gradient_norm.double()[None]])
+    def add(self, images: int, losses: Tensor, gradient_norm: Tensor, skipped: Tensor) -> None:
+        """Add a step. `losses` are the sums of its `terms` over this rank's images; `skipped` () is 0 or 1."""
+        count = losses.new_tensor([images], dtype=torch.float64)
+        step = torch.cat([count, losses.double(), gradient_norm.double()[None]])
         self._sums += torch.cat([torch.where(skipped > 0, torch.zeros_like(step), step), skipped.double()[None]])
 
     def over_ranks(self) -> Tensor:
-        """The sums over all ranks (6,), as a checkpoint keeps them; every rank must call it."""
+        """The sums over all ranks, of images, terms and OF_ALL, as a checkpoint keeps them; every rank must call it."""
         sums = self._sums.clone()
         if dist.is_initialized() and dist.get_world_size() > 1:
-            of_a_rank = sums[: len(OF_A_RANK)].clone()
+            of_a_rank = sums[: -len(OF_ALL)].clone()
             dist.all_reduce(of_a_rank)
-            sums[: len(OF_A_RANK)] = of_a_rank
+            sums[: -len(OF_ALL)] = of_a_rank
         return sums
 
     def load(self, sums: Tensor, rank: int) -> None:
         """Take over what `over_ranks` gave: rank 0 carries the sums of all ranks."""
         self._sums.copy_(sums)
         if rank > 0:
-            self._sums[: len(OF_A_RANK)] = 0
+            self._sums[: -len(OF_ALL)] = 0
 
     def clear(self) -> None:
         """Begin an epoch."""
         self._sums.zero_()
 
-
-def described(sums: Tensor, steps: int) -> dict[str, float]:
-    """The record of an epoch of `steps` steps from `EpochSums.over_ranks`: means per image, and per step taken."""
-    of = dict(zip((*OF_A_RANK, *OF_ALL), sums.tolist(), strict=True))
-    nan = float("nan")  # of an epoch without a single step that was taken
-    means = {f"train_{name}": of[name] / of["images"] if of["images"] else nan for name in OF_A_RANK[1:]}
-    taken = max(1, steps - int(of["skipped_steps"]))
-    return {**means, "gradient_norm": of["gradient_norm"] / taken, "skipped_steps": int(of["skipped_steps"])}
+    def described(self, sums: Tensor, steps: int) -> dict[str, float]:
+        """The record of an epoch of `steps` steps from `over_ranks`: means per image, and per step taken."""
+        of = dict(zip(("images", *self.terms, *OF_ALL), sums.tolist(), strict=True))
+        nan = float("nan")  # of an epoch without a single step that was taken
+        means = {f"train_{name}": of[name] / of["images"] if of["images"] else nan for name in self.terms}
+        taken = max(1, steps - int(of["skipped_steps"]))
+        return {**means, "gradient_norm": of["gradient_norm"] / taken, "skipped_steps": int(of["skipped_steps"])}

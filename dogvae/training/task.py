@@ -1,0 +1,122 @@
+"""What a run trains, as the loop and the step see it: a network, the loss of a step, and the validation.
+
+`VAETask` is here; dogvae/training/flow_task.py has the other one, a flow prior. Everything else is the same for both.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dogvae.config import Config
+from dogvae.data.dataset import Dataset, Split
+from dogvae.inference.elbo import evaluate, mean_error
+from dogvae.network import likelihood
+from dogvae.network.vae import VAE
+from dogvae.training.previews import preview_sheets
+from dogvae.training.schedule import beta_at
+
+
+class Task(Protocol):
+    """What a run trains. Every method is called on all ranks."""
+
+    terms: tuple[str, ...]
+    """Names of the losses that `losses` returns. The first is the one that training lowers."""
+    memory_format: torch.memory_format
+    """Memory format of the weights and of the images."""
+    noise_shape: tuple[int, ...]
+    """Shape of the standard normal noise of one sample of one image."""
+
+    def network(self) -> nn.Module:
+        """The network with its first weights, on the CPU. Its randomness comes from torch's default generator."""
+
+    def losses(self, net: nn.Module, x: Tensor, noise: Tensor, n: int, epoch: float) -> tuple[Tensor, Tensor]:
+        """The objective of this rank, (), and each of `terms` summed over its images, without gradients.
+
+        `x` (b, 3, h, h) in [0, 1] is this rank's slice of a global batch of `n` images, `noise` is (samples, b,
+        *noise_shape), and `epoch` is the number of epochs so far, with its fraction. The objectives of all ranks add up
+        to the mean over the global batch.
+        """
+
+    def baseline(self, dataset: Dataset) -> float:
+        """A number about the dataset that `validate` needs. Only rank 0 computes it."""
+
+    def validate(
+        self, network: nn.Module, split: Split, device: torch.device, rank: int, world_size: int, baseline: float
+    ) -> dict[str, float]:
+        """Exact means over the images of the split. The best checkpoint is the one with the least `loss`."""
+
+    def pictures(self, network: nn.Module, dataset: Dataset, device: torch.device) -> dict[str, np.ndarray]:
+        """Pictures (3, H, W) uint8 for TensorBoard, by name."""
+
+
+class VAETask:
+    """Training a VAE by its ELBO."""
+
+    terms: tuple[str, ...] = ("loss", "reconstruction", "kl")
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.world_size = config, dist.get_world_size() if dist.is_initialized() else 1
+        # The default network is a fifth faster with colours innermost, also on CPUs; the notebook's there is not.
+        innermost = device.type == "cuda" or config.model.architecture == "default"
+        self.memory_format = torch.channels_last if innermost else torch.contiguous_format
+        side = config.model.latent_side
+        self.noise_shape: tuple[int, ...] = (config.model.latent_dim, side, side)
+
+    def network(self) -> VAE:
+        """See `Task`."""
+        return VAE(self.config.model)
+
+    def losses(self, net: nn.Module, x: Tensor, noise: Tensor, n: int, epoch: float) -> tuple[Tensor, Tensor]:
+        """See `Task`: the terms are in nats, the objective is that of `loss_scale`."""
+        outputs, mu, logvar = net(x, noise)
+        # In float32, as outside of autocast.
+        with torch.autocast(x.device.type, enabled=False):
+            reconstruction = self._reconstruction(outputs, x, n)
+            kl = likelihood.kl(mu, logvar)
+        beta = beta_at(self.config, epoch)
+        objective = self._objective(reconstruction.sum(), kl.sum(), beta, n)
+        nats = torch.stack([reconstruction.sum() + beta * kl.sum(), reconstruction.sum(), kl.sum()]).detach()
+        return objective, nats
+
+    def _reconstruction(self, outputs: Tensor, x: Tensor, n: int) -> Tensor:
+        """Negative log likelihood of this rank's images, (b,), with the best sigma for the global batch of `n`."""
+        if self.config.model.likelihood == "bernoulli":
+            return likelihood.bernoulli(outputs, x)
+        errors = likelihood.squared_errors("gaussian", outputs, x)
+        # As a constant, the best sigma gives the same gradients: the loss is flat there.
+        error = errors.detach().double().sum()
+        if self.world_size > 1:
+            dist.all_reduce(error)
+        pixels = x.shape[1:].numel()  # a rank may have no image
+        return likelihood.gaussian(errors, likelihood.best_sigma(error, n * pixels).float(), pixels)
+
+    def _objective(self, reconstruction: Tensor, kl: Tensor, beta: float, n: int) -> Tensor:
+        """This rank's part of the loss of a global batch of `n` images, from sums over its own images."""
+        if self.config.loss_scale == "image":
+            return (reconstruction + beta * kl) / n
+        # The notebook: cross-entropy averaged over the pixels there are, KL over those of a full batch.
+        pixels = 3 * self.config.model.image_size**2
+        return reconstruction / (n * pixels) + beta * kl / (self.config.batch_size * pixels)
+
+    def baseline(self, dataset: Dataset) -> float:
+        """The mean squared error of the mean training image, which `explained` is measured against."""
+        return mean_error(dataset)
+
+    def validate(
+        self, network: nn.Module, split: Split, device: torch.device, rank: int, world_size: int, baseline: float
+    ) -> dict[str, float]:
+        """See `Task` and `evaluate`."""
+        assert isinstance(network, VAE)
+        figures = evaluate(network, split, device, rank, world_size)
+        explained = likelihood.explained(figures.pop("error"), baseline)
+        return {"explained": explained, **figures, "loss_per_pixel": figures["loss"] / np.prod(split.image_shape)}
+
+    def pictures(self, network: nn.Module, dataset: Dataset, device: torch.device) -> dict[str, np.ndarray]:
+        """Reconstructions of validation photos, samples from N(0, I), and a walk."""
+        assert isinstance(network, VAE)
+        return preview_sheets(network, dataset.val.gather(np.arange(min(8, len(dataset.val)))), device)
