@@ -12,7 +12,8 @@ from dogvae.errors import UsageError
 
 IMAGE_SIZES = tuple(range(32, 257, 32))
 CROPS = ("center", "box")
-SHOWN, LEAST_EPOCHS = 50_000, 4  # of a run with `epochs` 0: images in all epochs together, and epochs
+# Of a run with `epochs` 0: images in all epochs together, of a VAE and of a flow prior; and the least epochs.
+SHOWN, FLOW_SHOWN, LEAST_EPOCHS = 50_000, 200_000, 4
 REMOVED = (
     "compile",
     "gradient_compression",
@@ -82,10 +83,29 @@ class ModelConfig(_Checked):
 
 
 @dataclass(frozen=True)
+class FlowConfig(_Checked):
+    """The settings of a flow prior, and the VAE whose latents it learns."""
+
+    vae: str = setting("", "data", "path or URI of the exported VAE")
+    weights: str = setting("", "data", "SHA-256 of the VAE's weights")
+    width: int = setting(192, "model", "numbers that the transformer has for each token", low=32, high=2048)
+    depth: int = setting(6, "model", "blocks of the transformer", low=1, high=64)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % 32:
+            raise UsageError(f"--width: {self.width} is not a multiple of 32, the size of an attention head")
+
+
+@dataclass(frozen=True)
 class Config(_Checked):
-    """All settings of a run: model, data and training. The number of workers and the machines are not settings."""
+    """All settings of a run: model, data and training. The number of workers and the machines are not settings.
+
+    A run with a `flow` trains a flow prior for the latents of a VAE, whose settings are `model`.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    flow: FlowConfig | None = None
     data: str = setting("", "data", "path or URI of the prepared dataset")
     fingerprint: str = setting("", "data", "the dataset's fingerprint")
     preset: str = setting(
@@ -137,21 +157,23 @@ class Config(_Checked):
         return dataclasses.asdict(self)
 
     def flat(self) -> dict[str, Any]:
-        """All settings by name, including those of the model."""
+        """All settings by name, including those of the model, but without those of a flow."""
         nested = self.to_dict()
+        del nested["flow"]
         return {**nested.pop("model"), **nested}
 
     def for_data(self, data: str, fingerprint: str, image_size: int, images: int) -> Config:
         """A copy for a dataset with that many training images; chooses the batch size and the epochs if they are 0."""
         # About 40 steps an epoch (experiments: docs/quality.md): a power of two from 16 to 64.
         batch_size = self.batch_size or min(64, max(16, 2 ** round(math.log2(images / 40))))
-        epochs = self.epochs or max(LEAST_EPOCHS, round(SHOWN / images))
+        shown = FLOW_SHOWN if self.flow else SHOWN
+        epochs = self.epochs or max(LEAST_EPOCHS, round(shown / images))
         chosen = dict(batch_size=batch_size, epochs=epochs)
         return self.replace(data=data, fingerprint=fingerprint, image_size=image_size, **chosen)
 
     def replace(self, **changes: Any) -> Config:
         """A checked copy with some settings changed; settings of the model are named as in `flat`."""
-        return Config.make(**{**self.flat(), **changes})
+        return Config.make(**{**self.flat(), "flow": self.flow, **changes})
 
     @staticmethod
     def make(**settings: Any) -> Config:
@@ -161,7 +183,7 @@ class Config(_Checked):
         """
         preset = check("preset", settings.get("preset", "default"), str, dict(choices=tuple(PRESETS)))
         settings = {**PRESETS[preset], **settings}
-        known = {name for name, _, _ in fields_of(Config)} | {name for name, _, _ in fields_of(ModelConfig)}
+        known = {"flow"} | {name for name, _, _ in fields_of(Config)} | {name for name, _, _ in fields_of(ModelConfig)}
         if unknown := sorted(set(settings) - known):
             raise UsageError(f"no setting is called {', '.join(unknown)}; settings are {', '.join(sorted(known))}")
         model_names = {name for name, _, _ in fields_of(ModelConfig)}
@@ -172,13 +194,14 @@ class Config(_Checked):
     def make_nested(nested: dict[str, Any]) -> Config:
         """A Config from the result of `to_dict`, also from one that an earlier version wrote."""
         settings = {name: value for name, value in nested.items() if name not in REMOVED}
-        model = settings.pop("model")
+        model, flow = settings.pop("model"), settings.pop("flow", None)
         if "latent_size" not in model:  # written before version 0.2
             notebook = {"architecture": "notebook", "norm": "batch", "likelihood": "bernoulli"}
             if not model.items() >= notebook.items():
                 raise UsageError("its network is of dogvae 0.1: use that version for it, or train again")
             model = {**model, "latent_size": PRESETS["notebook"]["latent_size"]}
-        return Config.make(**{name: value for name, value in model.items() if name not in REMOVED}, **settings)
+        model = {name: value for name, value in model.items() if name not in REMOVED}
+        return Config.make(flow=flow and FlowConfig(**flow), **model, **settings)
 
     @staticmethod
     def from_json(text: str, where: str) -> Config:
@@ -231,3 +254,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Trains within minutes on a laptop.
     "small": dict(width=24, epochs=0, batch_size=16, lr=3e-3),
 }
+# A flow prior (experiments: docs/quality.md). The encoder costs as much as a draw or two, so each image has four.
+FLOW: dict[str, Any] = dict(epochs=0, batch_size=32, samples=4, lr=1e-3, ema=0.999, grad_clip=1.0)

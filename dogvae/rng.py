@@ -30,6 +30,7 @@ class Stream(IntEnum):
     EXAMPLE = 12  # (): pictures that an ONNX export is tested with
     LITTER = 13  # (seed, child): mask and posterior noise of a child of two dogs
     PATCHES = 14  # (place in a batch): order of a shuffled photo's patches
+    FLOW = 15  # (chunk): noise and times in the validation of a flow prior
 
 
 def words(n: int, stream: Stream, *key: int) -> np.ndarray:

@@ -23,9 +23,11 @@ def parser() -> argparse.ArgumentParser:
     top = flags.Parser(prog="dogvae", description="Variational autoencoders of dog photos, trained on Ray.")
     top.add_argument("--version", action="version", version=f"dogvae {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    # `_main` passes these two to train.py and search.py, which have parsers of their own.
+    # `_main` passes these to train.py, search.py and fit_prior.py, which have parsers of their own.
     commands.add_parser("train", help="train a VAE on photos, on all GPUs or CPUs that Ray has")
     commands.add_parser("search", help="find the best latent dimension, learning rate and sample count")
+
+    commands.add_parser("fit-prior", help="train a prior for a run's VAE, so that new dogs look more like dogs")
 
     prepare = commands.add_parser("prepare", help="turn photos into a dataset of small square images")
     prepare.add_argument(
@@ -67,8 +69,13 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--temperature", type=float, default=1.0, help="below 1: more average dogs (default: 1)")
         command.add_argument(
             "--prior",
-            default="gaussian",
-            help="gaussian, fitted to the training photos, or normal, N(0, I) (default: gaussian)",
+            help="flow, if the model has one; gaussian, fitted to the training photos; or normal, N(0, I) "
+            "(default: the first of these that the model has)",
+        )
+        command.add_argument(
+            "--guidance",
+            type=float,
+            help="of a flow: how far it moves away from the Gaussian (default: 1; 0: not at all)",
         )
 
     def add_path(command: argparse.ArgumentParser) -> None:
@@ -220,6 +227,10 @@ def _main(argv: Sequence[str]) -> int | None:
         from dogvae.commands import search
 
         return search.main(argv, "dogvae")
+    if argv[:1] == ["fit-prior"]:
+        from dogvae.commands import fit_prior
+
+        return fit_prior.main(argv[1:])
     args = parser().parse_args(argv)
     args.argv = argv
     code: int | None = args.run(args)

@@ -12,9 +12,11 @@ from typing import Any, NoReturn
 
 from dogvae.cluster import connect
 from dogvae.cluster.submit import SENT
-from dogvae.config import CROPS, Config, ModelConfig, Safety, check, fields_of
+from dogvae.config import CROPS, FLOW_SHOWN, Config, ModelConfig, Safety, check, fields_of
 from dogvae.errors import RunFailed, UsageError
 
+PRIORS = ("gaussian", "flow")  # that follow the training of a VAE
+PRIOR_EPOCHS = f"epochs of a flow; 0: as many as show it {FLOW_SHOWN:,} images (default: 0)"
 INTERNAL = ("architecture", "data", "fingerprint", "loss_scale")  # settings without a flag: set by preset or data
 
 
@@ -53,7 +55,24 @@ def training_parser(prog: str, description: str | None) -> Parser:
     run.add_argument(
         "--dry-run", action="store_true", help="print all settings and the workers that would be used, and stop"
     )
+    run.add_argument(
+        "--prior", default=PRIORS[0], metavar="{" + ",".join(PRIORS) + "}",
+        help="what new dogs are drawn from: a Gaussian, fitted in seconds, or a flow, trained after the VAE, "
+        f"which draws better dogs (default: {PRIORS[0]})",
+    )  # fmt: skip
+    run.add_argument("--prior-epochs", type=int, default=0, metavar="N", help=PRIOR_EPOCHS)
     run.add_argument("--verbose", action="store_true", help="show Ray's own log, and tracebacks")
+    add_workers(top)
+    add_safety(top)
+    add_settings(top)
+    data = next(group for group in top._action_groups if group.title == "data")
+    data.add_argument("--val-fraction", type=float, help="share of photos held out for validation (default: 0.05)")
+    data.add_argument("--crop", help="center, or box for annotated dogs (default: center)")
+    return top
+
+
+def add_workers(top: argparse.ArgumentParser) -> None:
+    """Add the flags of the cluster and its workers."""
     workers = top.add_argument_group("workers")
     add_address(workers)
     workers.add_argument(
@@ -67,6 +86,10 @@ def training_parser(prog: str, description: str | None) -> Parser:
     )
     workers.add_argument("--nccl-socket-ifname", metavar="NAME", help="network interface of GPU workers, such as eth0")
     workers.add_argument("--nccl-debug", metavar="LEVEL", help="level of NCCL's log, shown by --verbose: warn or info")
+
+
+def add_safety(top: argparse.ArgumentParser) -> None:
+    """Add the flags that `safety` reads."""
     safety = top.add_argument_group(
         "safety", "--gpus 2:4 or --cpus 2:4 takes 2 to 4 workers, as many as there are, and resizes as that changes."
     )
@@ -90,11 +113,6 @@ def training_parser(prog: str, description: str | None) -> Parser:
         help="how long training continues while no checkpoint can be written (default: 10m)"
     )  # fmt: skip
     add_node_patience(safety)
-    add_settings(top)
-    data = next(group for group in top._action_groups if group.title == "data")
-    data.add_argument("--val-fraction", type=float, help="share of photos held out for validation (default: 0.05)")
-    data.add_argument("--crop", help="center, or box for annotated dogs (default: center)")
-    return top
 
 
 def default_runs() -> str:
@@ -139,12 +157,19 @@ def add_node_patience(parser: Any) -> None:
     )  # fmt: skip
 
 
-def check_training(args: argparse.Namespace) -> None:
-    """UsageError for training flags that contradict each other or are out of range."""
+def check_workers(args: argparse.Namespace) -> None:
+    """UsageError for flags of workers and safety that contradict each other or are out of range."""
     if args.gpus is not None and args.cpus is not None:
         raise UsageError("--gpus and --cpus: give one of them; a GPU worker has its own CPU")
     check("max_skipped", args.max_skipped, int, {"low": 1})
     check("max_failures", args.max_failures, int, {"low": -1})
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """UsageError for training flags that contradict each other or are out of range."""
+    check_workers(args)
+    check("prior", args.prior, str, {"choices": PRIORS})
+    check("prior_epochs", args.prior_epochs, int, {"low": 0})
     if args.val_fraction is not None:
         check("val_fraction", args.val_fraction, float, {"above": 0, "high": 0.9})
     if args.crop is not None:

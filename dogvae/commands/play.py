@@ -27,7 +27,9 @@ def sample(args: argparse.Namespace) -> None:
 
     from dogvae.pictures import ARRAY, save, save_array
 
-    batches = _with_progress("sampling", args.n, model.samples(args.n, args.seed, args.temperature, args.prior))
+    batches = _with_progress(
+        "sampling", args.n, model.samples(args.n, args.seed, args.temperature, args.prior, args.guidance)
+    )
     if output.suffix.lower() in ARRAY:
         save_array(output, batches, args.n)
     else:
@@ -104,7 +106,7 @@ def neighbours(args: argparse.Namespace) -> None:
     if args.photos:
         pictures = model.prepared(args.photos)
     else:
-        pictures = model.sample(args.n, args.seed, args.temperature, args.prior)
+        pictures = model.sample(args.n, args.seed, args.temperature, args.prior, guidance=args.guidance)
     with Progress("neighbours") as line:
         _, distances, images = model.neighbours(
             pictures, args.dataset, args.k, lambda done, total: line.update(done, total, f"photo {done:,} of {total:,}")

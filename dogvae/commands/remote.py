@@ -21,7 +21,9 @@ def run_there(args: argparse.Namespace, command: Sequence[str], argv: Sequence[s
     address = args.address or os.environ.get("RAY_ADDRESS", "")
     if not address.startswith(("http://", "https://")):
         return None
-    for flag, path in (("--runs", args.runs if args.runs != default_runs() else None), ("--data", args.data)):
+    runs = getattr(args, "runs", default_runs())
+    paths = (("--runs", runs if runs != default_runs() else None), ("--data", getattr(args, "data", None)))
+    for flag, path in (*paths, ("RUN", getattr(args, "folder", None))):
         if path and not Path(path).is_absolute() and ":" not in path and (flag == "--runs" or Path(path).exists()):
             raise UsageError(
                 f"{flag}: {path} is a path on this machine, which the cluster does not see; give s3://..., "

@@ -49,8 +49,9 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         storage, config = run_folder.open_old(args.runs, args.name, settings, args.data)
         if run_folder.is_finished(storage, config):
             say(f"{storage.uri} has finished its {config.epochs} epochs; for more, add --epochs {2 * config.epochs}")
-            finish(storage, config, args.runs)
-            return 0
+            if args.prior == "gaussian":
+                finish(storage, config, args.runs)
+                return 0
     else:
         storage = run_folder.open_new(args.runs, name)
         if args.from_search:
@@ -76,9 +77,17 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         run_folder.copy_checkpoints(source, storage)
     run_folder.save_config(storage, config)
     say(f"{storage.uri}: {config.epochs} epochs on {workers}")
-    if signum := launch(config, storage, workers, safety, args.verbose):
+    signum = None
+    if not run_folder.is_finished(storage, config):
+        signum = launch(config, storage, workers, safety, args.verbose)
+    if not signum and args.prior == "flow":
+        from dogvae.training.flow_run import fit_flow
+
+        signum = fit_flow(storage, config, {"epochs": args.prior_epochs}, workers, safety, args.verbose)
+    if signum:
+        prior = f" --prior {args.prior}" if args.prior != flags.PRIORS[0] else ""
         where = f"{flags.sent()} --runs {shlex.quote(args.runs)}"
-        say(f"stopped; to go on: {flags.typed(prog)}{where} --name {name} --resume")
+        say(f"stopped; to go on: {flags.typed(prog)}{where} --name {name} --resume{prior}")
         return 128 + signum
     finish(storage, config, args.runs)
     return 0

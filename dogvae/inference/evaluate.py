@@ -16,7 +16,8 @@ from dogvae.data.dataset import Dataset, Split
 from dogvae.errors import UsageError
 from dogvae.inference.elbo import evaluate, mean_error
 from dogvae.inference.features import Kinds, Report, collect, distances
-from dogvae.inference.model import PRIORS, DogVAE
+from dogvae.inference.model import DogVAE
+from dogvae.inference.priors import DENSITIES
 from dogvae.inference.verdict import judge_rows, rounded, verdict
 from dogvae.network.likelihood import bernoulli, explained, gaussian, squared_errors
 from dogvae.network.vae import VAE
@@ -48,7 +49,7 @@ def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, repo
     figures |= bounds(model, val, samples, report)
     n = min(SAMPLED, max(len(val), len(dataset.train)))
     kinds: Kinds = {"validation": lambda n: _chunks(val, n), "training": lambda n: _chunks(dataset.train, n)}
-    for prior in PRIORS:
+    for prior in model.priors:
         kinds[prior] = lambda n, prior=prior: _drawn(model, n, prior)  # type: ignore[misc]
     figures["frechet"] = distances(
         collect(kinds, n, lambda x: net.encoder(x.to(model.device))[0].flatten(1), "Frechet distance", report)
@@ -82,8 +83,8 @@ def bounds(model: DogVAE, split: Split, samples: int, report: Report) -> dict[st
             return bernoulli(outputs, x)
         return gaussian(squared_errors("gaussian", outputs, x), model.sigma, x[0].numel())
 
-    weights: dict[str, list[Tensor]] = {prior: [] for prior in PRIORS}
-    divergence: dict[str, list[Tensor]] = {prior: [] for prior in PRIORS}
+    weights: dict[str, list[Tensor]] = {prior: [] for prior in DENSITIES}
+    divergence: dict[str, list[Tensor]] = {prior: [] for prior in DENSITIES}
     for i in range(len(split)):
         x = split.gather(np.array([i])).to(device).float() / 255
         mu, logvar = net.encoder(x)
@@ -92,7 +93,7 @@ def bounds(model: DogVAE, split: Split, samples: int, report: Report) -> dict[st
         nll = torch.cat([reconstruction(net.decoder(part)[None], x) for part in z.split(CHUNK)]).double()
         log_q = torch.distributions.Normal(mu.double(), torch.exp(0.5 * logvar.double())).log_prob(z.double())
         log_q = log_q.sum(dim=(1, 2, 3)).cpu()
-        for prior in PRIORS:
+        for prior in DENSITIES:
             log_p = torch.from_numpy(model.log_prior(z.cpu().numpy(), prior))
             divergence[prior].append((log_q - log_p).mean())
             weights[prior].append(torch.logsumexp(log_p - log_q - nll.cpu(), dim=0) - math.log(samples))
@@ -143,8 +144,9 @@ def _chunks(split: Split, most: int) -> Iterator[Tensor]:
 
 def _drawn(model: DogVAE, n: int, prior: str) -> Iterator[Tensor]:
     """`n` samples (b, 3, h, h) in [0, 1], rounded to 8 bits as in a picture file."""
-    for z in torch.from_numpy(model.sample_latents(n, prior=prior)).split(CHUNK):
-        yield rounded(model.model.decode_mean(z.to(model.device)))
+    for latents in model.latent_batches(n, prior=prior):
+        for z in torch.from_numpy(latents).split(CHUNK):
+            yield rounded(model.model.decode_mean(z.to(model.device)))
 
 
 def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:

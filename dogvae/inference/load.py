@@ -11,13 +11,15 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from dogvae.config import ModelConfig
+from dogvae.config import FlowConfig, ModelConfig
 from dogvae.errors import UsageError
 from dogvae.inference.model import INFERENCE_BATCH, DogVAE
+from dogvae.network.flow import Flow
 from dogvae.network.vae import VAE
 from dogvae.storage import Storage
 
 EXPORT_FORMAT, EXPORT_VERSION = "dogvae-export", 3
+FLOW_FILE = "flow.safetensors"  # of exports with a flow prior
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:
@@ -27,17 +29,21 @@ def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:
     or is damaged, and if the device is not available.
     """
     folder, target = Storage(path), _device(device)
-    about = _about(path, folder)
+    about = read_about(path)
     try:
         tensors = {}
-        for name in ("model.safetensors", "prior.safetensors"):
+        for name in ("model.safetensors", "prior.safetensors", *([FLOW_FILE] if about.get("flow") else [])):
             content = folder.read(name)
             if hashlib.sha256(content).hexdigest() != about["files"][name]:
                 raise UsageError(f"{path}/{name} is damaged: its checksum is wrong; export the run again")
             tensors[name] = safetensors.torch.load(content)
         model = VAE(_config(about["model"]))
         model.load_state_dict(tensors["model.safetensors"])
-        return DogVAE(model, target, about, tensors["prior.safetensors"])
+        flow = None
+        if FLOW_FILE in tensors:
+            flow = Flow(FlowConfig(**about["flow"]["settings"]), model.latent_shape)
+            flow.load_state_dict(tensors[FLOW_FILE])
+        return DogVAE(model, target, about, tensors["prior.safetensors"], flow)
     except UsageError:
         raise
     except OSError as error:
@@ -46,8 +52,9 @@ def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:
         raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}; export the run again") from error
 
 
-def _about(path: str | Path, folder: Storage) -> dict[str, Any]:
-    """The export's config.json, of this format and version."""
+def read_about(path: str | Path) -> dict[str, Any]:
+    """The config.json of an export, of this format and version. Raises UsageError as `load`."""
+    folder = Storage(path)
     try:
         about = json.loads(folder.read("config.json"))
     except (OSError, ValueError) as error:

@@ -14,23 +14,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dogvae import rng
 from dogvae.data.dataset import Dataset, Split
 from dogvae.errors import UsageError
 from dogvae.inference.litter import children
+from dogvae.inference.priors import DENSITIES, Priors, check_draw, in_batches
 from dogvae.inference.user_images import Picture, Pictures, pixels
+from dogvae.network.flow import Flow
 from dogvae.network.prior import Gaussian
 from dogvae.network.vae import VAE
 from dogvae.pictures import to_uint8
-from dogvae.rng import Stream
 
 SPAN = 3.0  # standard deviations that pictures of a principal direction extend to each side
-PRIORS = ("gaussian", "normal")  # the first is the default
 METHODS = ("linear", "spherical")
-BATCH = 256  # latents drawn, or training images encoded, at a time; another number would change the samples of a seed
-# Fixed batch of the network, by device type. Shorter batches are padded, so that an image never depends on its batch
-# mates. On a CPU one image at a time is as fast as many.
-INFERENCE_BATCH = {"cpu": 1, "cuda": 64}
+BATCH = 256  # training images encoded at a time
+INFERENCE_BATCH = {"cpu": 1, "cuda": 64}  # of the network, by device type. On a CPU one image is as fast as many.
 
 
 class DogVAE:
@@ -41,7 +38,14 @@ class DogVAE:
     `latent_shape` is (d, s, s), `size` is h in pixels, and `about` is the export's config.json.
     """
 
-    def __init__(self, model: VAE, device: torch.device, about: dict[str, Any], prior: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: VAE,
+        device: torch.device,
+        about: dict[str, Any],
+        prior: dict[str, Tensor],
+        flow: Flow | None = None,
+    ) -> None:
         self.model = model.to(device).eval()
         self.device = device
         self.about = about
@@ -52,57 +56,73 @@ class DogVAE:
             raise ValueError(f"config.json: sigma is {self.sigma}")
         self.latent_shape = model.latent_shape
         dims = math.prod(model.latent_shape)
-        self._gaussian = Gaussian(prior["gaussian.mean"], prior["gaussian.factor"])
+        gaussian = Gaussian(prior["gaussian.mean"], prior["gaussian.factor"])
+        self._priors = Priors(gaussian, flow, device)
+        self.gaussian = gaussian
+        self.priors = self._priors.names
+        """Names of the priors that samples can come from. The first is the default."""
         directions, scales = prior["directions"], prior["scales"]
-        if (self._gaussian.mean.shape, self._gaussian.factor.shape) != ((dims,), (dims, dims)):
+        if (gaussian.mean.shape, gaussian.factor.shape) != ((dims,), (dims, dims)):
             raise ValueError("its prior belongs to another model")
         if directions.shape != (len(scales), dims):
             raise ValueError("its directions belong to another model")
+        if prior["parents"].shape != (2, dims):
+            raise ValueError("its parents belong to another model")
+        self.parents: np.ndarray = prior["parents"].reshape(2, *self.latent_shape).numpy()
+        """Latents (2, d, s, s) of two validation photos: the first parents in the playground."""
         self.directions: np.ndarray = directions.reshape(-1, *self.latent_shape).numpy()
         """Principal directions (r, d, s, s) of the training images' posterior means: unit length, widest first."""
         self.scales: np.ndarray = scales.numpy()
         """Standard deviations (r,) of the training images' posterior means along each direction."""
         self.moves: np.ndarray = self.directions * self.scales[:, None, None, None]
         """The directions (r, d, s, s) scaled to a length of one standard deviation."""
-        self.mean: np.ndarray = self._gaussian.mean.reshape(self.latent_shape).numpy()
+        self.mean: np.ndarray = gaussian.mean.reshape(self.latent_shape).numpy()
         """Mean latent (d, s, s) of the training images."""
 
-    def sample(self, n: int, seed: int = 0, temperature: float = 1.0, prior: str = PRIORS[0], pil: bool = False) -> Any:
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        temperature: float = 1.0,
+        prior: str | None = None,
+        pil: bool = False,
+        guidance: float | None = None,
+    ) -> Any:
         """`n` new dogs (n, h, h, 3) uint8. A seed always gives the same dogs; a smaller `n` gives the first of them.
 
-        `prior`: "gaussian", fitted to the training images' latents, or "normal", N(0, I) as in the notebook.
-        `temperature` scales the distance from the prior's mean: below 1, more ordinary dogs. Raises UsageError if an
-        argument is out of range, or if the pictures would not fit into memory.
+        `prior` is one of `priors`: "flow", which the export may have; "gaussian", fitted to the training images'
+        latents; or "normal", N(0, I) as in the notebook. `temperature` scales the distance from the prior's mean, or
+        the noise that a flow starts from: below 1, more ordinary dogs. `guidance` is the flow's, see
+        `dogvae.network.flow.draw`. Raises UsageError if an argument is out of range, or if the pictures would not fit
+        into memory.
         """
         _check_memory(n, 3 * self.size**2)
-        return self._out(np.concatenate(list(self.samples(n, seed, temperature, prior))), pil)
+        return self._out(np.concatenate(list(self.samples(n, seed, temperature, prior, guidance))), pil)
 
-    def samples(self, n: int, seed: int = 0, temperature: float = 1.0, prior: str = PRIORS[0]) -> Iterator[np.ndarray]:
+    def samples(
+        self, n: int, seed: int = 0, temperature: float = 1.0, prior: str | None = None, guidance: float | None = None
+    ) -> Iterator[np.ndarray]:
         """The pictures of `sample` in batches (b, h, h, 3) of at most 256, for numbers that do not fit into memory."""
-        for latents in self._latents(n, seed, temperature, prior):
+        for latents in self.latent_batches(n, seed, temperature, prior, guidance):
             yield self.decode(latents)
 
-    def sample_latents(self, n: int, seed: int = 0, temperature: float = 1.0, prior: str = PRIORS[0]) -> np.ndarray:
+    def sample_latents(
+        self, n: int, seed: int = 0, temperature: float = 1.0, prior: str | None = None, guidance: float | None = None
+    ) -> np.ndarray:
         """The latents (n, d, s, s) of the pictures of `sample`."""
         _check_memory(n, 4 * self.mean.size)
-        return np.concatenate(list(self._latents(n, seed, temperature, prior)))
+        return np.concatenate(list(self.latent_batches(n, seed, temperature, prior, guidance)))
 
-    def _latents(self, n: int, seed: int, temperature: float, prior: str) -> Iterator[np.ndarray]:
-        _check_draw(n, seed, temperature)
-        _check_prior(prior)
-        for batch, start in enumerate(range(0, n, BATCH)):
-            # Each batch has its own random stream and is drawn whole, so that a dog does not depend on `n`.
-            noise = rng.normal((BATCH, self.mean.size), Stream.SAMPLE, seed, batch)
-            z = temperature * noise if prior == "normal" else self._gaussian.draw(noise, temperature)
-            yield z[: n - start].reshape(-1, *self.latent_shape).numpy()
+    def latent_batches(
+        self, n: int, seed: int = 0, temperature: float = 1.0, prior: str | None = None, guidance: float | None = None
+    ) -> Iterator[np.ndarray]:
+        """The latents of `sample` in batches (b, d, s, s) of at most 256."""
+        for z in self._priors.latents(n, seed, temperature, prior, guidance):
+            yield z.reshape(-1, *self.latent_shape).numpy()
 
-    def log_prior(self, latents: np.ndarray, prior: str = PRIORS[0]) -> np.ndarray:
-        """Log density (n,) in nats, float64, of latents (n, d, s, s) under a prior."""
-        z = self._latent_tensor(latents).flatten(1).double()
-        _check_prior(prior)
-        if prior == "normal":
-            return torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1).numpy()
-        return self._gaussian.double().log_prob(z).numpy()
+    def log_prior(self, latents: np.ndarray, prior: str = DENSITIES[0]) -> np.ndarray:
+        """Log density (n,) in nats, float64, of latents (n, d, s, s) under "gaussian" or "normal"."""
+        return self._priors.log_prob(self._latent_tensor(latents).flatten(1), prior).numpy()
 
     def encode(self, pictures: Pictures) -> np.ndarray:
         """Posterior means (n, d, s, s) float32 of n pictures. Raises UsageError if a picture cannot be used."""
@@ -112,13 +132,13 @@ class DogVAE:
     def posterior(self, pictures: Pictures) -> tuple[np.ndarray, np.ndarray]:
         """Posterior means and standard deviations, each (n, d, s, s) float32, of n pictures. Raises as `encode`."""
         x = torch.from_numpy(pixels(pictures, self.size))
-        both = self._in_batches(lambda part: torch.stack(self.model.encoder(part.float() / 255), 1).cpu().numpy(), x)
+        both = self._in_batches(lambda part: torch.stack(self.model.encoder(part.float() / 255), 1), x).numpy()
         return both[:, 0].copy(), np.exp(both[:, 1] / 2)
 
     @torch.inference_mode()
     def decode(self, latents: np.ndarray | Tensor, pil: bool = False) -> Any:
         """Pictures (n, h, h, 3) uint8 of latents (n, d, s, s)."""
-        out = self._in_batches(lambda part: to_uint8(self.model.decode_mean(part)), self._latent_tensor(latents))
+        out = to_uint8(self._in_batches(self.model.decode_mean, self._latent_tensor(latents)))
         return self._out(np.ascontiguousarray(out.transpose(0, 2, 3, 1)), pil)
 
     def _latent_tensor(self, latents: np.ndarray | Tensor) -> Tensor:
@@ -132,15 +152,11 @@ class DogVAE:
             raise UsageError("latents hold numbers that are not finite")
         return z
 
-    def _in_batches(self, network: Callable[[Tensor], np.ndarray], x: Tensor) -> np.ndarray:
+    def _in_batches(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`network` applied to x in batches of INFERENCE_BATCH."""
         if not len(x):
             raise UsageError("there are no pictures")
-        size, out = INFERENCE_BATCH[self.device.type], []
-        for part in x.split(size):
-            padded = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
-            out.append(network(padded.to(self.device))[: len(part)])
-        return np.concatenate(out)
+        return in_batches(lambda part: network(part.to(self.device)), x, INFERENCE_BATCH[self.device.type])
 
     def _out(self, pictures_nhwc: np.ndarray, pil: bool) -> Any:
         return [Image.fromarray(p) for p in pictures_nhwc] if pil else pictures_nhwc
@@ -194,7 +210,7 @@ class DogVAE:
 
     def litter_latents(self, a: Picture, b: Picture, n: int, seed: int = 0, temperature: float = 0.7) -> np.ndarray:
         """The latents (n, d, s, s) of the pictures of `litter`."""
-        _check_draw(n, seed, temperature)
+        check_draw(n, seed, temperature)
         _check_memory(n, 3 * self.size**2)
         return children(*self.posterior([a, b]), n, seed, temperature)
 
@@ -253,20 +269,6 @@ def posteriors(
         var.append(logvar.exp().flatten(1).cpu())
         progress(sum(map(len, mu)), n)
     return torch.cat(mu), torch.cat(var)
-
-
-def _check_draw(n: int, seed: int, temperature: float) -> None:
-    if n < 1:
-        raise UsageError(f"-n: {n} is too small, it must be at least 1")
-    if seed < 0:
-        raise UsageError(f"--seed: {seed} is too small, it must be at least 0")
-    if not 0 <= temperature < float("inf"):
-        raise UsageError(f"--temperature: {temperature} must be a finite number, at least 0")
-
-
-def _check_prior(prior: str) -> None:
-    if prior not in PRIORS:
-        raise UsageError(f"--prior: {prior!r} is none of {', '.join(PRIORS)}")
 
 
 def _check_memory(n: int, nbytes: int) -> None:

@@ -32,7 +32,7 @@ from dogvae.console import say, stop_signals
 from dogvae.errors import UsageError
 from dogvae.inference.litter import children
 from dogvae.inference.load import load
-from dogvae.inference.model import METHODS, PRIORS, SPAN, DogVAE
+from dogvae.inference.model import METHODS, SPAN, DogVAE
 from dogvae.inference.user_images import photo
 from dogvae.pictures import animation, png
 
@@ -59,7 +59,7 @@ class Sample(BaseModel):
     n: int = Field(12, ge=1, le=MOST_SAMPLES)
     seed: int = Field(0, ge=0, lt=2**53)
     temperature: float = Field(1.0, ge=0, le=3)
-    prior: str = Field(PRIORS[0], max_length=32)
+    prior: str | None = Field(None, max_length=32)  # default: the model's first
 
 
 class Move(BaseModel):
@@ -144,15 +144,17 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
             name=name,
             size=model.size,
             latents=model.mean.size,
-            priors=PRIORS,
+            priors=model.priors,
             directions=[{"low": a, "high": b} for a, b in zip(ends[: len(moves)], ends[len(moves) :], strict=True)],
             mean=mean,
+            parents=await dogs_of(model.parents),
         )
         return about_model
 
     @app.post("/api/sample")
     async def sample(request: Sample) -> dict[str, Any]:
-        latents = model.sample_latents(request.n, request.seed, request.temperature, request.prior)
+        asked = (request.n, request.seed, request.temperature, request.prior)
+        latents = await anyio.to_thread.run_sync(model.sample_latents, *asked)  # a flow takes a moment
         return {"dogs": await dogs_of(latents)}
 
     @app.post("/api/move")

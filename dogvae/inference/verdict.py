@@ -13,7 +13,8 @@ from dogvae import rng
 from dogvae.data.dataset import Dataset
 from dogvae.inference.features import Kinds, Report, collect, distances, memorisation
 from dogvae.inference.judge import REMEDY, Judge
-from dogvae.inference.model import PRIORS, DogVAE
+from dogvae.inference.model import DogVAE
+from dogvae.inference.priors import DENSITIES, FLOW
 from dogvae.pictures import to_uint8
 from dogvae.rng import Stream
 
@@ -39,7 +40,7 @@ def verdict(model: DogVAE, dataset: Dataset, kinds: Kinds, most: int, report: Re
         return {"dog_share": None, "frechet_judge": None, "memorisation": None, "without_judge": REMEDY}
     photos, training = ({kind: kinds[kind]} for kind in ("validation", "training"))
     made: Kinds = {"reconstructions": lambda n: (_reconstructed(model, x) for x in kinds["validation"](n))}
-    made |= {prior: kinds[prior] for prior in PRIORS}
+    made |= {prior: kinds[prior] for prior in model.priors}
     patchwork: Kinds = {"shuffled": lambda n: map(shuffled, kinds["validation"](n))}
     n = min(most, len(dataset.val), len(dataset.train))
     probability = collect(photos | patchwork | made, min(n, ASKED), judge.dog, "judge at 224 pixels", report)
@@ -49,7 +50,7 @@ def verdict(model: DogVAE, dataset: Dataset, kinds: Kinds, most: int, report: Re
     return {
         "dog_share": {kind: float((p > 0.5).double().mean()) for kind, p in probability.items()},
         "frechet_judge": distances({"validation": features["validation"], "training": seen[:n], **features}),
-        "memorisation": {kind: memorisation(features[kind], seen) for kind in ("validation", PRIORS[0])},
+        "memorisation": {kind: memorisation(features[kind], seen) for kind in ("validation", model.priors[0])},
         "without_judge": None,
     }
 
@@ -70,7 +71,7 @@ def rounded(x_bchw: Tensor) -> Tensor:
 
 def judge_rows(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The judge's figures as rows (name, value) of the table."""
-    name = {prior: f"samples, {prior}" for prior in PRIORS} | {"shuffled": "validation, patches shuffled"}
+    name = {prior: f"samples, {prior}" for prior in (FLOW, *DENSITIES)} | {"shuffled": "validation, patches shuffled"}
     for kind, share in (figures["dog_share"] or {}).items():
         yield f"called a dog: {name.get(kind, kind)}", f"{share:.1%}"
     for kind, distance in (figures["frechet_judge"] or {}).items():

@@ -16,25 +16,27 @@ from dogvae.config import Config
 from dogvae.console import Progress
 from dogvae.data.dataset import Dataset
 from dogvae.errors import UsageError
-from dogvae.inference.load import EXPORT_FORMAT, EXPORT_VERSION
+from dogvae.inference.load import EXPORT_FORMAT, EXPORT_VERSION, FLOW_FILE
 from dogvae.inference.model import DogVAE, posteriors
 from dogvae.network import prior
+from dogvae.network.flow import Flow
 from dogvae.network.vae import VAE
 from dogvae.pictures import grid, png
 from dogvae.storage import Storage
 from dogvae.training.checkpoint import Checkpoints, part
 from dogvae.training.metrics import explained_text
-from dogvae.training.run_folder import CONFIG
+from dogvae.training.run_folder import CONFIG, open_run
 
 FOLDER = "export"
 ONNX = ("encoder.onnx", "decoder.onnx")
 DIRECTIONS = 32  # principal directions that are kept
 
 
-def export(run: Storage, config: Config, folder: Storage | None = None) -> Storage:
+def export(run: Storage, config: Config, folder: Storage | None = None, with_flow: bool = True) -> Storage:
     """Export the best checkpoint, and a prior fitted to it, to `folder`: by default `export/` of the run.
 
-    Writes model.safetensors, prior.safetensors, README.md, preview.png, and config.json last. Returns the folder.
+    Writes model.safetensors, prior.safetensors, flow.safetensors if a flow was trained for this model (and
+    `with_flow`), README.md, preview.png, and config.json last. Returns the folder.
     Raises UsageError if the run has no finished epoch.
     """
     best = Checkpoints(run).best()
@@ -52,36 +54,63 @@ def export(run: Storage, config: Config, folder: Storage | None = None) -> Stora
         "model.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in weights.items()}),
         "prior.safetensors": safetensors.torch.save(fitted),
     }
-    about = {
+    about: dict[str, Any] = {
         "format": EXPORT_FORMAT,
         "version": EXPORT_VERSION,
         "model": config.to_dict()["model"],
-        "training": {k: v for k, v in config.to_dict().items() if k not in ("model", "data")},
+        "training": {k: v for k, v in config.to_dict().items() if k not in ("model", "data", "flow")},
         "dataset_fingerprint": config.fingerprint,
         "metrics": metrics,
         "sigma": metrics["val_sigma"],
-        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "files": {name: _sha256(content) for name, content in files.items()},
         "dogvae": __version__,
     }
-    files["preview.png"] = _preview(DogVAE(model, torch.device("cpu"), about, fitted), data)
+    flow = None
+    if with_flow and (found := _flow(run, model, about["files"]["model.safetensors"])) is not None:
+        flow, about["flow"] = found
+        files[FLOW_FILE] = safetensors.torch.save({k: v.contiguous() for k, v in flow.state_dict().items()})
+        about["files"][FLOW_FILE] = _sha256(files[FLOW_FILE])
+    files["preview.png"] = _preview(DogVAE(model, torch.device("cpu"), about, fitted, flow), data)
     files["README.md"] = _card(about, model.latent_shape).encode()
     files[CONFIG] = (json.dumps(about, indent=2) + "\n").encode()
     folder = folder or run / FOLDER
-    for name in ONNX:  # these files of an earlier export hold other weights
-        folder.delete(name)
+    for name in (*ONNX, FLOW_FILE):  # these files of an earlier export belong to other weights
+        if name not in files:
+            folder.delete(name)
     for name, content in files.items():
         folder.write(name, content)
     return folder
 
 
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def prior_run(run: Storage, weights: str) -> Storage:
+    """The run in which a flow prior is trained for a VAE whose exported weights have the SHA-256 `weights`."""
+    return run / f"prior-{weights[:8]}"
+
+
+def _flow(run: Storage, model: VAE, weights: str) -> tuple[Flow, dict[str, Any]] | None:
+    """The flow that was trained for this VAE, and what config.json says of it. None if there is none that helps."""
+    storage = prior_run(run, weights)
+    best = Checkpoints(storage).best() if storage.exists(CONFIG) else None
+    if best is None or best.meta.get("val_loss") is None:
+        return None
+    record = best.meta["records"][-1]
+    if record["val_loss"] >= record["val_gaussian_loss"]:
+        return None
+    config = Config.make_nested(best.meta["config"])
+    assert config.flow
+    flow = Flow(config.flow, model.latent_shape)
+    flow.load_state_dict(part(best.tensors, "ema") or part(best.tensors, "model"))
+    settings = {"width": config.flow.width, "depth": config.flow.depth}
+    return flow, {"settings": settings, "metrics": record}
+
+
 def export_again(run: str) -> str:
     """Export a run anew, over what was exported before. Returns where; UsageError if `run` is not a run."""
-    storage = Storage(run)
-    try:
-        config = Config.from_json(storage.read(CONFIG).decode(errors="replace"), f"{run}/{CONFIG}")
-    except OSError as error:
-        raise UsageError(f"{run} is not a run: it has no {CONFIG}") from error
-    return export(storage, config).uri
+    return export(*open_run(run)).uri
 
 
 def is_export(path: str) -> bool:
@@ -105,16 +134,31 @@ def _prior(model: VAE, data: Dataset) -> dict[str, Tensor]:
         )
         gaussian = prior.fit(mu, var, lambda text: line.update(len(mu), len(mu), text))
     directions, scales = prior.principal(mu, DIRECTIONS)
-    tensors = {"directions": directions, "scales": scales}
+    with torch.inference_mode():
+        parents = model.encoder(_parents(data).float() / 255)[0].flatten(1)
+    tensors = {"directions": directions, "scales": scales, "parents": parents}
     tensors |= {f"gaussian.{part}": tensor for part, tensor in vars(gaussian).items()}
     return {name: tensor.float().contiguous().clone() for name, tensor in tensors.items()}
 
 
+def _parents(data: Dataset) -> Tensor:
+    """Two validation photos (2, 3, h, h) uint8: the ends of the preview's walk, and the playground's first parents."""
+    return data.val.gather(np.array([0, min(7, len(data.val) - 1)]))
+
+
 def _preview(model: DogVAE, data: Dataset) -> bytes:
     """Samples above a walk between two validation photos. The photos, which may be private, are not shown."""
-    ends = data.val.gather(np.array([0, min(7, len(data.val) - 1)])).permute(0, 2, 3, 1).numpy()
-    pictures = np.concatenate([model.sample(32), model.walk(list(ends), steps=8)])
+    pictures = np.concatenate([model.sample(32), model.walk(list(_parents(data).permute(0, 2, 3, 1).numpy()), steps=8)])
     return png(grid(pictures, columns=8))
+
+
+def _prior_text(about: dict[str, Any]) -> str:
+    if "flow" not in about:
+        return "Samples come from a Gaussian, fitted to the latents of the training photos."
+    record = about["flow"]["metrics"]
+    errors = f"{record['val_loss']:.4f}, that of a fitted Gaussian {record['val_gaussian_loss']:.4f}"
+    return f"""Samples come from a flow prior, trained on the latents of the training photos. The error of its
+velocities on validation images is {errors}."""
 
 
 def _card(about: dict[str, Any], latent_shape: tuple[int, int, int]) -> str:
@@ -142,7 +186,7 @@ A variational autoencoder of dog photos: {size}x{size} RGB images to a {dims}-di
 Best of {training["epochs"]} epochs: epoch {metrics["epoch"] + 1}.
 Dataset fingerprint: `{about["dataset_fingerprint"]}`.
 
-Samples come from a Gaussian, fitted to the latents of the training photos.
+{_prior_text(about)}
 
     dogvae playground .
     dogvae sample . -n 64 -o samples.png

@@ -46,12 +46,14 @@ def still_improving(records: Sequence[dict[str, Any]]) -> bool:
     """Whether the last quarter of the epochs lowered the unexplained share of the variance by more than 3%."""
     if len(records) < 4:
         return False
-    before, after = (records[i]["val_explained"] for i in (-1 - len(records) // 4, -1))
-    return None not in (before, after) and 1 - after < (1 - LEAST_GAIN) * (1 - before)
+    before, after = (records[i].get("val_explained") for i in (-1 - len(records) // 4, -1))
+    return before is not None and after is not None and 1 - after < (1 - LEAST_GAIN) * (1 - before)
 
 
 def describe(record: dict[str, Any]) -> str:
     """The validation of an epoch in words, for the console."""
+    if "val_gaussian_loss" in record:  # of a flow prior
+        return f"velocity loss {record['val_loss']:.4f}, of the Gaussian {record['val_gaussian_loss']:.4f}"
     names = ("loss", "reconstruction", "kl", "explained", "psnr")
     loss, reconstruction, kl, explained, psnr = (record[f"val_{name}"] for name in names)
     terms = f"loss {loss:.0f} = reconstruction {reconstruction:.0f} + KL {kl:.0f}"

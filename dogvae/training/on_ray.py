@@ -46,7 +46,8 @@ def launch(config: Config, storage: Storage, workers: Workers, safety: Safety, v
     and RunFailed as the workers do, RunFailed if lost nodes are not back after `safety.node_patience_s`, and Ray's
     TrainingFailedError when more than `safety.max_failures` workers were lost.
     """
-    with stop_signals() as received, Progress("training", plain_interval_s=60) as line:
+    title = "prior" if config.flow else "training"
+    with stop_signals() as received, Progress(title, plain_interval_s=60) as line:
         line.update(0, config.epochs, "starting the workers")
         events, fit = start(config, storage, workers, safety, verbose)
         _watch(events, fit, received, line, config, workers, safety)

@@ -8,6 +8,7 @@ import socket
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from dogvae import rng
@@ -87,14 +88,16 @@ def check_storage(storage: Storage, weights_bytes: int) -> None:
 def check_same_run(meta: dict[str, Any], config: Config) -> None:
     """UsageError if the checkpoint with this `meta` belongs to other settings, other data or other random streams.
 
-    Only the number of epochs and the path of the dataset may differ.
+    Only the number of epochs and the paths of the dataset and of a prior's VAE may differ.
     """
     if meta.get("streams", 1) != rng.VERSION:
         raise UsageError(
             "--resume: this checkpoint was written by a dogvae that drew other random numbers, so this version cannot "
             "continue it bit for bit; use that version, or start a new run"
         )
-    saved, wanted = Config.make_nested(meta["config"]).flat(), config.flat()
+    before = Config.make_nested(meta["config"])
+    flows = [flow and replace(flow, vae="") for flow in (before.flow, config.flow)]
+    saved, wanted = ({**c.flat(), "flow": flow} for c, flow in zip((before, config), flows, strict=True))
     names = [name for name in wanted if name not in ("epochs", "data") and saved[name] != wanted[name]]
     if names:
         differing = "; ".join(f"{name} {saved[name]}, not {wanted[name]}" for name in names)

@@ -56,14 +56,23 @@ def open_old(runs: str, name: str | None, settings: dict[str, Any], data: str | 
         config = Config.from_json(storage.read(CONFIG).decode(), f"{storage.uri}/{CONFIG}")
     except FileNotFoundError as error:
         raise UsageError(f"--resume: there is no run {storage.uri}; leave --resume out to start it") from error
-    _check_kept(config, settings)
+    check_kept(config, settings)
     if data is not None:
         settings = {**settings, "data": absolute(data)}
         read_manifest(data, config.fingerprint)
     return storage, config.replace(**settings)
 
 
-def _check_kept(config: Config, settings: dict[str, Any]) -> None:
+def open_run(run: str) -> tuple[Storage, Config]:
+    """The storage and the config of a run, a path or a URI; UsageError if `run` is not a run."""
+    storage = Storage(run)
+    try:
+        return storage, Config.from_json(storage.read(CONFIG).decode(errors="replace"), f"{run}/{CONFIG}")
+    except OSError as error:
+        raise UsageError(f"{run} is not a run: it has no {CONFIG}") from error
+
+
+def check_kept(config: Config, settings: dict[str, Any]) -> None:
     """UsageError for a setting that differs from that of the run to resume."""
     if settings.get("epochs") == 0:
         raise UsageError(
@@ -78,7 +87,7 @@ def _check_kept(config: Config, settings: dict[str, Any]) -> None:
 
 def check_copy(source: Storage, config: Config, settings: dict[str, Any]) -> Config:
     """The config of a new run that continues `source`: only `epochs` may differ, and must exceed those done."""
-    _check_kept(config, settings)
+    check_kept(config, settings)
     done, epochs = len(metrics.read(source)), settings.get("epochs", config.epochs)
     if epochs <= done:
         raise UsageError(f"--epochs: {source.uri} has done {done} epochs already; {epochs} is not more")

@@ -20,6 +20,7 @@ from dogvae.data.dataset import rank_slice
 from dogvae.rng import Stream
 from dogvae.training.augment import augment, draws
 from dogvae.training.checkpoint import part
+from dogvae.training.flow_task import FlowTask
 from dogvae.training.memory import keep_freed_memory
 from dogvae.training.optimizer import Adam
 from dogvae.training.schedule import lr_at
@@ -35,7 +36,7 @@ class Trainer:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         # Every rank starts from the same weights, at every world size.
         torch.manual_seed(rng.seed(Stream.WEIGHTS, config.seed))
-        self.task: Task = VAETask(config, device)
+        self.task: Task = FlowTask(config, device) if config.flow else VAETask(config, device)
         self.model = self.task.network().to(device).to(memory_format=self.task.memory_format)
         if device.type == "cpu":
             keep_freed_memory()

@@ -20,7 +20,8 @@ from dogvae import rng
 from dogvae.config import ModelConfig
 from dogvae.data.dataset import Dataset, Split
 from dogvae.inference.evaluate import CHUNK, bounds
-from dogvae.inference.model import PRIORS, DogVAE
+from dogvae.inference.model import DogVAE
+from dogvae.inference.priors import DENSITIES
 from dogvae.network.likelihood import kl
 from dogvae.network.vae import VAE
 from dogvae.rng import Stream
@@ -72,7 +73,7 @@ def density(model: DogVAE, prior: str) -> Distribution:
     """A prior, in float64, by torch's distributions."""
     if prior == "normal":
         return MultivariateNormal(torch.zeros(DIMS).double(), torch.eye(DIMS).double())
-    fitted = model._gaussian.double()
+    fitted = model.gaussian.double()
     return MultivariateNormal(fitted.mean, scale_tril=fitted.factor)
 
 
@@ -82,15 +83,15 @@ def test_bounds_equal_a_slow_computation(likelihood: str, dataset: Dataset, writ
     """One image and one draw at a time, by torch's distributions; with more draws than one chunk."""
     three = dataset.val.gather(np.arange(3)).numpy()
     model, split, samples = random_model(likelihood), Dataset(write_dataset([three], [three])).val, CHUNK + 8
-    kls: dict[str, list[float]] = {prior: [] for prior in PRIORS}
-    weighted: dict[str, list[float]] = {prior: [] for prior in PRIORS}
+    kls: dict[str, list[float]] = {prior: [] for prior in DENSITIES}
+    weighted: dict[str, list[float]] = {prior: [] for prior in DENSITIES}
     for i, x in enumerate(images(split)):
         mu, logvar = (each[0].flatten().double() for each in model.model.encoder(x[None]))
         posterior = Normal(mu, torch.exp(logvar / 2))
         generator = torch.Generator().manual_seed(rng.seed(Stream.IMPORTANCE, i))  # the documented draw
         z = mu + posterior.scale * torch.randn((samples, 2, 4, 4), generator=generator).flatten(1)
         nll = [negative_log_likelihood(model, each.float().view(2, 4, 4), x) for each in z]
-        for prior in PRIORS:
+        for prior in DENSITIES:
             p = density(model, prior)
             log_ratio = [float(posterior.log_prob(each).sum()) - float(p.log_prob(each[None])) for each in z]
             kls[prior].append(float(np.mean(log_ratio)))
@@ -111,7 +112,7 @@ def test_kl_to_the_normal_prior_is_near_the_closed_form(model: DogVAE, dataset: 
 
 def test_bound_falls_with_the_number_of_draws(model: DogVAE, dataset: Dataset) -> None:
     several = [bounds(model, dataset.val, n, ignore)["importance_weighted"] for n in (1, 8, 64)]
-    for prior in PRIORS:
+    for prior in DENSITIES:
         first, second, third = (bound[prior] for bound in several)
         assert first > second > third
 

@@ -27,7 +27,8 @@ from dogvae.inference import elbo, evaluate
 from dogvae.inference.features import frechet
 from dogvae.inference.judge import REMEDY
 from dogvae.inference.load import load
-from dogvae.inference.model import PRIORS, DogVAE
+from dogvae.inference.model import DogVAE
+from dogvae.inference.priors import DENSITIES
 from tests.support.cli import dogvae, refused
 from tests.support.exports import Exported
 
@@ -173,7 +174,7 @@ def test_frechet_distances_use_pictures_of_8_bits(figures: dict[str, Any], model
 
     val = features(images(dataset.val))
     expected = {"training": distance(val, features(images(dataset.train)))}
-    for prior in PRIORS:
+    for prior in DENSITIES:
         samples = torch.from_numpy(model.sample(100, prior=prior)).permute(0, 3, 1, 2).float() / 255
         expected[prior] = distance(val, features(samples))
     assert figures["frechet"] == pytest.approx(expected, rel=1e-5)
@@ -187,8 +188,8 @@ def test_figures_are_complete_and_json(figures: dict[str, Any]) -> None:
         "without_inception",
         "dog_share", "frechet_judge", "memorisation", "without_judge",
     }  # fmt: skip
-    assert set(figures["kl_by_prior"]) == set(figures["importance_weighted"]) == set(PRIORS)
-    assert set(figures["frechet"]) == {"training", *PRIORS}
+    assert set(figures["kl_by_prior"]) == set(figures["importance_weighted"]) == set(DENSITIES)
+    assert set(figures["frechet"]) == {"training", *DENSITIES}
     assert figures["frechet_inception"] is figures["without_inception"] is None
     assert figures["dog_share"] is figures["frechet_judge"] is figures["memorisation"] is None
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
@@ -214,7 +215,7 @@ def test_progress_reaches_its_total_and_no_more(
         model, dataset, 2, False, lambda text, done, total: reports.setdefault(text, []).append((done, total))
     )
     assert reports["importance-weighted bound, image"] == [(i, 20) for i in range(1, 21)]
-    for kind in ("training", *PRIORS):
+    for kind in ("training", *DENSITIES):
         assert reports[f"Frechet distance, {kind}: image"][-1] == (4, 4)
     assert all(done <= total for report in reports.values() for done, total in report)
 
@@ -240,7 +241,7 @@ def test_table_has_every_figure_with_its_unit(figures: dict[str, Any]) -> None:
     }
     for network, distances in (("encoder", f["frechet"]), ("Inception", inception)):
         expected[f"Frechet distance, {network}: training"] = f"{distances['training']:,.1f}"
-        expected |= {f"Frechet distance, {network}: samples, {p}": f"{distances[p]:,.1f}" for p in PRIORS}
+        expected |= {f"Frechet distance, {network}: samples, {p}": f"{distances[p]:,.1f}" for p in DENSITIES}
     assert dict(re.split("  +", line.strip()) for line in lines) == expected
     assert "Inception" not in evaluate.table(figures, SAMPLES)
 
@@ -355,7 +356,7 @@ def test_inception_distances_equal_a_slow_computation(
     got = evaluate.measure(model, dataset, 1, True, ignore)
     assert got["without_inception"] is None
     val, train = (pooled(inception, images(split, 4)) for split in (dataset.val, dataset.train))
-    assert set(got["frechet_inception"]) == {"training", *PRIORS}
+    assert set(got["frechet_inception"]) == {"training", *DENSITIES}
     assert got["frechet_inception"]["training"] == pytest.approx(distance(val, train), rel=0.01)
 
 

@@ -21,7 +21,8 @@ from dogvae.data.dataset import Dataset
 from dogvae.inference import evaluate, judge, verdict
 from dogvae.inference.features import memorisation
 from dogvae.inference.judge import Judge
-from dogvae.inference.model import PRIORS, DogVAE
+from dogvae.inference.model import DogVAE
+from dogvae.inference.priors import DENSITIES
 
 CATS = range(281, 286)  # ImageNet's tabby, tiger cat, Persian cat, Siamese cat, Egyptian cat
 COFFEE = (504, 967, 968)  # coffee mug, espresso, cup
@@ -196,14 +197,14 @@ def test_verdict_equals_figures_taken_one_picture_at_a_time(
 
     val = np.ascontiguousarray(drawn[8 : 8 + N].transpose(0, 2, 3, 1))
     pictures = {"validation": val, "training": np.ascontiguousarray(drawn[:8].transpose(0, 2, 3, 1))}
-    pictures |= {"reconstructions": model.reconstruct(val)} | {p: model.sample(N, prior=p) for p in PRIORS}
+    pictures |= {"reconstructions": model.reconstruct(val)} | {p: model.sample(N, prior=p) for p in DENSITIES}
     tensors = {k: torch.from_numpy(v).permute(0, 3, 1, 2).float() / 255 for k, v in pictures.items()}
     features = {k: torch.cat([network.features(x[None]) for x in v]) for k, v in tensors.items()}
 
     expected = {k: distance(features["validation"], f[:N]) for k, f in features.items() if k != "validation"}
     assert figures["frechet_judge"] == pytest.approx(expected, rel=1e-3)
     assert figures["memorisation"] == pytest.approx(
-        {k: memorisation(features[k], features["training"]) for k in ("validation", PRIORS[0])}, rel=1e-3
+        {k: memorisation(features[k], features["training"]) for k in ("validation", DENSITIES[0])}, rel=1e-3
     )
     del tensors["training"]
     tensors["shuffled"] = verdict.shuffled(tensors["validation"])
@@ -215,9 +216,9 @@ def test_verdict_equals_figures_taken_one_picture_at_a_time(
     assert reports["judge at 128 pixels, reconstructions: image"] == (N, N)
     assert reports["judge at 128 pixels, training: image"] == (8, 8)
     table = evaluate.table(figures, 1)
-    for line in ("called a dog: validation, patches shuffled", f"called a dog: samples, {PRIORS[0]}"):
+    for line in ("called a dog: validation, patches shuffled", f"called a dog: samples, {DENSITIES[0]}"):
         assert line in table
-    for kind in ("training", "reconstructions", *(f"samples, {prior}" for prior in PRIORS)):
+    for kind in ("training", "reconstructions", *(f"samples, {prior}" for prior in DENSITIES)):
         assert f"Frechet distance, judge: {kind}" in table
     assert "nearest training photo: validation" in table
 

@@ -19,7 +19,8 @@ from dogvae.config import ModelConfig
 from dogvae.data.dataset import Dataset
 from dogvae.errors import UsageError
 from dogvae.inference.load import load
-from dogvae.inference.model import PRIORS, DogVAE
+from dogvae.inference.model import DogVAE
+from dogvae.inference.priors import DENSITIES
 from dogvae.network.prior import Gaussian
 from dogvae.network.vae import VAE
 from tests.support.exports import DIMS, LATENT, Exported
@@ -63,7 +64,7 @@ def test_mean_directions_and_scales_are_those_of_the_posterior_means(model: DogV
 # --- sampling
 
 
-@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("prior", DENSITIES)
 def test_fewer_samples_are_the_first_of_more(prior: str) -> None:
     """Also across the batches of 256."""
     model = by_hand()
@@ -110,10 +111,10 @@ def test_latents_of_the_normal_prior_are_standard_normal_and_independent() -> No
 
 def gaussian_of(model: DogVAE, prior: str) -> Gaussian:
     """A prior in float64."""
-    return (Gaussian(torch.zeros(16), torch.eye(16)) if prior == "normal" else model._gaussian).double()
+    return (Gaussian(torch.zeros(16), torch.eye(16)) if prior == "normal" else model.gaussian).double()
 
 
-@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("prior", DENSITIES)
 def test_temperature_scales_the_distance_from_the_mean(prior: str) -> None:
     model = by_hand()
     means = model.sample_latents(300, temperature=0, prior=prior)
@@ -125,7 +126,7 @@ def test_temperature_scales_the_distance_from_the_mean(prior: str) -> None:
     assert np.abs(plain - means).mean() > 0.2
 
 
-@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("prior", DENSITIES)
 def test_log_prior_equals_torchs_log_prob(prior: str) -> None:
     model = by_hand()
     latents = model.sample_latents(20)

@@ -17,8 +17,9 @@ from PIL import Image
 
 from dogvae.data.drawn import draw
 from dogvae.inference.litter import children
-from dogvae.inference.model import METHODS, PRIORS, SPAN, DogVAE
+from dogvae.inference.model import METHODS, SPAN, DogVAE
 from dogvae.inference.playground import MOST_BYTES, make_app
+from dogvae.inference.priors import DENSITIES
 from tests.support.exports import LATENT
 from tests.support.images import encoded, pixels
 from tests.support.playground import pack, unpack
@@ -72,9 +73,10 @@ def close(one: np.ndarray, other: np.ndarray) -> bool:
 def test_about_describes_the_model_and_its_directions(app: FastAPI, model: DogVAE) -> None:
     about = request(app, "GET", "/api/about").json()
     assert (about["name"], about["size"], about["latents"]) == ("dogs", SIZE, int(np.prod(LATENT)))
-    assert tuple(about["priors"]) == PRIORS
+    assert tuple(about["priors"]) == DENSITIES
     assert np.array_equal(unpack(about["mean"]), model.mean)
     assert np.array_equal(pixels(about["mean"]["picture"]), model.decode(model.mean[None])[0])
+    assert np.array_equal([unpack(dog) for dog in about["parents"]], model.parents)
     assert len(about["directions"]) == 12
     for i, ends in enumerate(about["directions"]):
         far = SPAN * model.scales[i] * model.directions[i]

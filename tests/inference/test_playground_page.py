@@ -52,6 +52,7 @@ class Page:
         self.page.on("requestfailed", self._finished)
         self.page.goto(self.address)
         self.page.wait_for_selector(SAMPLES_SHOWN)
+        self.page.wait_for_selector("main:not([inert])")
 
     def _request(self, request: Any) -> None:
         assert request.url.startswith((self.address, "data:", "blob:")), request.url
@@ -98,9 +99,8 @@ class Page:
         return str(self.page.evaluate("document.activeElement.id"))
 
     def moved(self, shifts: list[float]) -> str:
-        """The server's picture of the page's first dog, moved."""
-        request = {"n": 12, "seed": int(self.page.input_value("#seed"))}
-        latent = self.server.post("sample", json=request).json()["dogs"][0]["latent"]
+        """The server's picture of the page's dog, moved."""
+        latent = self.page.evaluate("base.latent")
         return str(self.server.post("move", json={"latent": latent, "shifts": shifts}).json()["picture"])
 
 
@@ -116,7 +116,7 @@ def page(browser: Any, server: Playground) -> Iterator[Page]:
 def test_sliders_move_the_dog_and_buttons_reset_it(page: Page) -> None:
     """By keyboard: the picture is that of the slider's last value."""
     first = page.src("#dog")
-    assert first == page.samples()[0]
+    assert first == page.sources("#litter img")[0]
     page.page.focus("#shift-0")
     page.press(*["ArrowRight"] * 7)
     assert page.page.input_value("#shift-0") == "0.7"
@@ -206,8 +206,9 @@ def test_shelf_keeps_dogs_over_a_reload(page: Page) -> None:
 
 def test_two_photos_become_a_walk(page: Page, model: DogVAE) -> None:
     files = [{"name": f"{i}.png", "mimeType": "image/png", "buffer": photo} for i, photo in enumerate(PHOTOS)]
+    opened = page.src("#frame")
     page.page.set_input_files("#photos", files)
-    page.page.wait_for_selector("#frame[src]")
+    page.until(lambda: page.src("#frame") != opened)
     ends = [model.reconstruct(Image.open(io.BytesIO(photo)))[0] for photo in PHOTOS]
     for slot, end in zip(("#walk-from img", "#walk-to img"), ends, strict=True):
         assert np.array_equal(pixels(page.src(slot)), end)
@@ -237,9 +238,10 @@ def test_two_photos_become_a_walk(page: Page, model: DogVAE) -> None:
     page.until(lambda: page.page.input_value("#walk") != "16")
     page.page.click("#play")
     straight = page.src("#frame")
+    walks = page.requests.count("walk")
     page.page.select_option("#method", "spherical")
     page.until(lambda: page.src("#frame") != straight)
-    assert page.requests.count("walk") == 2
+    assert page.requests.count("walk") == walks + 1
     page.page.click("#take")
     assert page.src("#dog") == page.src("#frame")
 
@@ -250,11 +252,11 @@ def test_two_dogs_have_litters(page: Page) -> None:
     def litter() -> list[str]:
         return page.sources("#litter img")
 
-    assert page.page.is_disabled("#again")
+    opened = litter()
     page.page.click("#use-from")
     page.page.locator("#samples .pic").nth(3).click()
     page.page.click("#use-to")
-    page.page.wait_for_selector("#litter .tile:nth-child(12) img[src^=data]")
+    page.until(lambda: not set(opened) & set(litter()))
     first = litter()
     assert len(set(first)) == 12
     page.page.click("#again")
@@ -267,7 +269,7 @@ def test_two_dogs_have_litters(page: Page) -> None:
     assert page.sources("#shelf img") == [litter()[6]]
 
     before, requests = litter(), page.requests.count("litter")
-    assert requests == 2
+    assert requests >= 3
     files = [{"name": f"{i}.png", "mimeType": "image/png", "buffer": photo} for i, photo in enumerate(PHOTOS)]
     page.page.set_input_files("#photos", files)
     page.until(lambda: page.page.locator("#shelf .photo").count() == 2 and not set(before) & set(litter()))

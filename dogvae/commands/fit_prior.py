@@ -1,0 +1,72 @@
+"""Train a prior for the VAE of a run, and export it with the VAE: new dogs are drawn from it.
+
+dogvae fit-prior runs/NAME                 # a flow: minutes on a GPU, an hour on a few CPU cores
+dogvae fit-prior runs/NAME --epochs 200    # longer; an interrupted flow goes on by the same command
+dogvae fit-prior runs/NAME --prior gaussian   # without the flow: the Gaussian is fitted in seconds
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+
+from dogvae.cluster import connect, nodes
+from dogvae.commands import flags
+from dogvae.commands.remote import run_there
+from dogvae.config import FLOW, Config, FlowConfig, check
+from dogvae.console import say
+from dogvae.training.run_folder import open_run
+
+SETTINGS = ("epochs", "batch_size", "lr", "width", "depth")  # of a flow that have flags
+
+
+def parser() -> flags.Parser:
+    """The command's flags."""
+    top = flags.Parser(prog="dogvae fit-prior", description=__doc__)
+    top.add_argument(
+        "folder", metavar="RUN", help="the run of a VAE, such as runs/NAME: a folder, or a URI such as s3://"
+    )
+    top.add_argument("--prior", default="flow", help=f"one of {', '.join(flags.PRIORS)} (default: flow)")
+    top.add_argument("--epochs", type=int, help=flags.PRIOR_EPOCHS)
+    top.add_argument("--batch-size", type=int, help=f"images per step over all workers (default: {FLOW['batch_size']})")
+    top.add_argument("--lr", type=float, help=f"peak learning rate of Adam (default: {FLOW['lr']})")
+    for spec in fields(FlowConfig):
+        if spec.name in SETTINGS:
+            top.add_argument(f"--{spec.name}", type=int, help=f"{spec.metadata['help']} (default: {spec.default})")
+    top.add_argument("--verbose", action="store_true", help="show Ray's own log, and tracebacks")
+    flags.add_workers(top)
+    flags.add_safety(top)
+    return top
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command with the flags `argv`. Returns the exit status."""
+    args = parser().parse_args(argv)
+    flags.check_workers(args)
+    check("prior", args.prior, str, {"choices": flags.PRIORS})
+    settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    FlowConfig(**{name: settings[name] for name in ("width", "depth") if name in settings})
+    Config.make(**{name: value for name, value in settings.items() if name not in ("width", "depth")})
+    safety = flags.safety(args)
+    if (status := run_there(args, ["fit-prior"], argv)) is not None:
+        return status
+    from dogvae.training.export import FOLDER, export
+    from dogvae.training.flow_run import fit_flow
+
+    run, config = open_run(args.folder)
+    if args.prior == "gaussian":
+        say(export(run, config, with_flow=False).uri)
+        return 0
+    os.environ |= flags.network(args)
+    say(connect.connect(args.address, args.verbose))
+    workers = nodes.choose_workers(args.gpus, args.cpus)
+    nodes.wait_for_nodes(workers, safety.node_patience_s)
+
+    if signum := fit_flow(run, config, settings, workers, safety, args.verbose):
+        say(f"stopped; to go on: dogvae fit-prior{flags.sent()} {shlex.quote(args.folder)}")
+        return 128 + signum
+    folder = shlex.quote((run / FOLDER).uri)
+    say(f"the model   {folder}\nnext        dogvae sample {folder} -n 64 -o samples.png")
+    return 0
