@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dogvae import __version__
@@ -30,6 +32,7 @@ from dogvae.training.run_folder import CONFIG, open_run
 FOLDER = "export"
 ONNX = ("encoder.onnx", "decoder.onnx")
 DIRECTIONS = 32  # principal directions that are kept
+PARENTS = 64  # validation photos among which the playground's first parents are chosen
 
 
 def export(run: Storage, config: Config, folder: Storage | None = None, with_flow: bool = True) -> Storage:
@@ -70,7 +73,7 @@ def export(run: Storage, config: Config, folder: Storage | None = None, with_flo
         flow, about["flow"] = found
         files[FLOW_FILE] = safetensors.torch.save({k: v.contiguous() for k, v in flow.state_dict().items()})
         about["files"][FLOW_FILE] = _sha256(files[FLOW_FILE])
-    files["preview.png"] = _preview(DogVAE(model, torch.device("cpu"), about, fitted, flow), data)
+    files["preview.png"] = _preview(DogVAE(model, torch.device("cpu"), about, fitted, flow))
     files["README.md"] = _card(about, model.latent_shape).encode()
     files[CONFIG] = (json.dumps(about, indent=2) + "\n").encode()
     folder = folder or run / FOLDER
@@ -134,21 +137,29 @@ def _prior(model: VAE, data: Dataset) -> dict[str, Tensor]:
         )
         gaussian = prior.fit(mu, var, lambda text: line.update(len(mu), len(mu), text))
     directions, scales = prior.principal(mu, DIRECTIONS)
-    with torch.inference_mode():
-        parents = model.encoder(_parents(data).float() / 255)[0].flatten(1)
+    parents = _parents(model, data, gaussian.mean.float())
     tensors = {"directions": directions, "scales": scales, "parents": parents}
     tensors |= {f"gaussian.{part}": tensor for part, tensor in vars(gaussian).items()}
     return {name: tensor.float().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _parents(data: Dataset) -> Tensor:
-    """Two validation photos (2, 3, h, h) uint8: the ends of the preview's walk, and the playground's first parents."""
-    return data.val.gather(np.array([0, min(7, len(data.val) - 1)]))
+@torch.inference_mode()
+def _parents(model: VAE, data: Dataset, mean: Tensor) -> Tensor:
+    """The latents (2, d) of the two validation photos that are most alike: the playground's first parents.
+
+    Dogs in a like pose have the best litters. Alike is a small angle between posterior means, less the `mean` (d,) of
+    all photos; photos within 25 degrees may be the same dog twice.
+    """
+    photos = data.val.gather(np.arange(min(PARENTS, len(data.val))))
+    mu = model.encoder(photos.float() / 255)[0].flatten(1)
+    cosine = F.cosine_similarity((mu - mean)[:, None], (mu - mean)[None], dim=2)
+    best = int(torch.where(cosine < math.cos(math.radians(25)), cosine, -2.0).argmax())
+    return mu[[best // len(mu), best % len(mu)]]
 
 
-def _preview(model: DogVAE, data: Dataset) -> bytes:
+def _preview(model: DogVAE) -> bytes:
     """Samples above a walk between two validation photos. The photos, which may be private, are not shown."""
-    pictures = np.concatenate([model.sample(32), model.walk(list(_parents(data).permute(0, 2, 3, 1).numpy()), steps=8)])
+    pictures = np.concatenate([model.sample(32), model.decode(model.path(model.parents, steps=8))])
     return png(grid(pictures, columns=8))
 
 

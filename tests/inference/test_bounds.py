@@ -55,7 +55,7 @@ def random_model(likelihood: str) -> DogVAE:
     with torch.no_grad():
         for i, p in enumerate(vae.parameters()):  # some weights are 0 at first
             p.add_(0.1 * random(*p.shape, seed=i))
-    tensors = {"directions": torch.eye(DIMS)[:3], "scales": torch.ones(3)}
+    tensors = {"directions": torch.eye(DIMS)[:3], "scales": torch.ones(3), "parents": torch.zeros(2, DIMS)}
     tensors["gaussian.mean"] = 0.3 * random(DIMS, seed=11)
     tensors["gaussian.factor"] = torch.eye(DIMS) + 0.1 * random(DIMS, DIMS, seed=1).tril()
     return DogVAE(vae, CPU, {"sigma": 0.15}, tensors)

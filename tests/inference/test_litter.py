@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from dogvae.data.dataset import Dataset
 from dogvae.errors import UsageError
 from dogvae.inference.litter import children
 from dogvae.inference.model import DogVAE
+from tests.support.exports import Exported
+from tests.support.runs import VAL
 
 SHAPES = [(3, 4, 4), (2, 8, 8), (1, 16, 16)]
 N = 400
@@ -106,3 +110,15 @@ def test_mistake_is_refused_with_one_line(name: str, model: DogVAE, dogs: np.nda
     with pytest.raises(UsageError, match=reason) as error:
         call(model, dogs[0])
     assert "\n" not in str(error.value)
+
+
+def test_first_parents_are_the_two_validation_photos_that_are_most_alike(exported: Exported, model: DogVAE) -> None:
+    photos = list(Dataset(exported.dataset).val.gather(np.arange(VAL)).permute(0, 2, 3, 1).numpy())
+    centred = (model.encode(photos) - model.mean).reshape(VAL, -1).astype(float)
+    angles = {}
+    for i, j in itertools.combinations(range(VAL), 2):
+        cosine = centred[i] @ centred[j] / np.linalg.norm(centred[i]) / np.linalg.norm(centred[j])
+        angles[i, j] = np.degrees(np.arccos(cosine))
+    i, j = min((pair for pair, angle in angles.items() if angle > 25), key=lambda pair: angles[pair])
+    expected = model.encode([photos[i], photos[j]])
+    assert np.allclose(model.parents, expected, atol=1e-5) or np.allclose(model.parents[::-1], expected, atol=1e-5)

@@ -167,7 +167,7 @@ def test_config_with_a_missing_key_is_refused(name: str, copy: Path) -> None:
     [
         ("gaussian.mean", (DIMS - 1,)), ("gaussian.mean", (1, DIMS)), ("gaussian.factor", (DIMS, DIMS + 1)),
         ("gaussian.factor", (16, 16)), ("gaussian.factor", (1, DIMS, DIMS)),
-        ("directions", (32, DIMS + 1)), ("scales", (31,)),
+        ("directions", (32, DIMS + 1)), ("scales", (31,)), ("parents", (1, DIMS)),
     ],
 )  # fmt: skip
 def test_prior_of_another_model_is_refused(name: str, shape: tuple[int, ...], copy: Path) -> None:

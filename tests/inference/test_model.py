@@ -44,6 +44,7 @@ def by_hand() -> DogVAE:
         "gaussian.factor": torch.linalg.cholesky(loose @ loose.mT / (3 * d)),
         "directions": torch.eye(2, d),
         "scales": torch.ones(2),
+        "parents": torch.zeros(2, 16),
     }
     return DogVAE(small, torch.device("cpu"), {"sigma": 0.1}, prior)
 

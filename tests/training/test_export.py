@@ -171,7 +171,7 @@ def test_prior_is_fitted_to_the_posteriors_of_the_exported_weights(run: tuple[Pa
     tensors, _ = best(path)
     saved = load_file(folder / "prior.safetensors")
     mu, var = posteriors(config, weights_of(tensors, "ema"))
-    shapes = {"directions": (32, LATENTS), "scales": (32,)}
+    shapes = {"directions": (32, LATENTS), "scales": (32,), "parents": (2, LATENTS)}
     shapes |= {"gaussian.mean": (LATENTS,), "gaussian.factor": (LATENTS, LATENTS)}
     assert same(prior.fit(mu, var), saved)
     assert {name: tuple(t.shape) for name, t in saved.items()} == shapes
