@@ -112,6 +112,18 @@ def report(figures: dict[str, Any], lines: Sequence[str], args: argparse.Namespa
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
+def without_tensorboard() -> None:
+    """Have the training loop record no events where tensorboardX is not installed: the loop has no switch for that."""
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError:
+        from unittest.mock import Mock
+
+        from dogvae.training import metrics
+
+        metrics.Recorder = Mock()  # type: ignore[misc]
+
+
 def span(run: Path) -> tuple[float, float]:
     """Times of a run's first step and of its last epoch's end, in seconds since 1970, from its TensorBoard file."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -36,6 +36,8 @@ def contend(args: argparse.Namespace) -> None:
     cuda = args.device == "cuda"
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)  # or torch.cuda.synchronize() would wait for the first GPU on every rank
     if world_size > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     n = args.batch_size

@@ -50,6 +50,8 @@ def contend(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     rank = int(os.environ.get("RANK", 0))
     device = torch.device(args.device, rank if args.device == "cuda" else None)
+    if args.device == "cuda":
+        torch.cuda.set_device(device)  # or object collectives and synchronize() would use the first GPU on every rank
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     cuda = device.type == "cuda"
@@ -97,6 +99,7 @@ def train(config: Any, folder: str, device: Any, turns: measure.Turns | None) ->
         def stopping(self) -> bool:
             return turns is not None and turns.over
 
+    measure.without_tensorboard()
     # No checkpoint within an epoch: one a minute would fall into every round, since the others' turns are minutes.
     loop(config, Storage(folder), device, Ticking(), Safety(checkpoint_s=1e9))
 

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import data
-import gpu
 import job
 import measure
 import overhead
@@ -321,14 +320,3 @@ def test_scaling_compares_two_workers_with_unconnected_ones(tmp_path: Path, monk
     assert strong["efficiency"]["median"] == pytest.approx(1)  # there is no smaller group to compare with
     assert strong["unconnected"]["median"] > 0
     assert strong["exchange"]["median"] < 1
-
-
-@pytest.mark.slow
-def test_gpu_benchmark_passes_its_checks_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every part except the peers, which `step` tests."""
-    parts = ("sweep", "variants", "curves", "training")
-    found = main_of(gpu, tmp_path, monkeypatch, "--device", "cpu", "--quick", "--only", *parts)
-    assert all(check["ok"] for check in found["checks"])
-    assert len(found["checks"]) == 4
-    assert "compiled" in found["variants"]["K1-batch4"]
-    assert found["training"]["epochs"] == 2
