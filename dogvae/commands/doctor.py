@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dogvae.cluster.network import choose_interface
 from dogvae.cluster.nodes import least_nodes
+from dogvae.commands.doctor_group import add_ranks, free_port, time_gradients
+from dogvae.config import Config
 from dogvae.console import say
 from dogvae.storage import Storage, is_uri
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pillow", "safetensors", "dogvae")
 TIMEOUT_S = 60.0  # for a node to answer
-GROUP_TIMEOUT_S = 30.0  # for all nodes to form a process group
+STEP_IMAGES = 64  # of the step that is compared with the network: the batch size that large datasets get
 CLOCK_S = 5.0  # how far a node's clock may be off
 LEAST_DISK, LEAST_SHM = 5 << 30, 1 << 30  # bytes
 
@@ -61,8 +62,11 @@ def examine(runs: str, data: str | None) -> list[Finding]:
         findings += _judge(node, address, answer, here, began, time.time(), runs, data)
     findings += _check_shared(nodes, names, runs, probes)
     findings.append(_check_network(nodes, gpu=False))
-    if sum(node["Resources"].get("GPU", 0) >= 1 for node in nodes) > 1:
-        findings.append(_check_network([n for n in nodes if n["Resources"].get("GPU", 0) >= 1], gpu=True))
+    with_gpu = [node for node in nodes if node["Resources"].get("GPU", 0) >= 1]
+    if len(with_gpu) > 1:
+        findings.append(_check_network(with_gpu, gpu=True))
+        if findings[-1].ok:
+            findings.append(_check_speed(with_gpu))
     return findings
 
 
@@ -218,9 +222,9 @@ def _forget(runs: str, probes: list[str], number: int) -> None:
 def _check_network(nodes: list[dict[str, Any]], gpu: bool) -> Finding:
     """Whether one process on each node can add up numbers over the network that training would use."""
     backend = "nccl" if gpu else "gloo"
-    first, (port,) = nodes[0]["NodeManagerAddress"], _on_each(nodes[:1], _free_port).values()
+    first, (port,) = nodes[0]["NodeManagerAddress"], _on_each(nodes[:1], free_port).values()
     options = {"num_gpus": 1} if gpu else {}
-    sums = _on_each(nodes, _add, backend, first, port, len(nodes), **options)
+    sums = _on_each(nodes, add_ranks, backend, first, port, len(nodes), **options)
     wrong = [str(s) for s in sums.values() if s != sum(range(len(nodes)))]
     remedy = (
         "open all ports between the nodes of the cluster; GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network"
@@ -230,27 +234,34 @@ def _check_network(nodes: list[dict[str, Any]], gpu: bool) -> Finding:
     )
 
 
-def _free_port(number: int) -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]
+def _check_speed(nodes: list[dict[str, Any]]) -> Finding:
+    """Whether gradients cross the network faster than one node trains: both are measured, on one GPU of each node."""
+    first, (port,) = nodes[0]["NodeManagerAddress"], _on_each(nodes[:1], free_port).values()
+    config = Config.make(batch_size=STEP_IMAGES)
+    answers = _on_each(nodes, time_gradients, config, "nccl", first, port, len(nodes), num_gpus=1)
+    wrong = [answer for answer in answers.values() if isinstance(answer, str)]
+    if wrong:
+        return Finding("speed", "all", False, wrong[0], "is a run using the GPUs? Ask again when they are free")
+    step_s, exchange_s = (max(answer[i] for answer in answers.values()) for i in (0, 1))
+    megabytes = next(iter(answers.values()))[2] / 1e6
+    return _judge_speed(step_s, exchange_s, megabytes, [int(node["Resources"]["GPU"]) for node in nodes])
 
 
-def _add(backend: str, first: str, port: int, world_size: int, rank: int) -> int:
-    from datetime import timedelta
-
-    import torch
-    import torch.distributed as dist
-
-    choose_interface()
-    timeout = timedelta(seconds=GROUP_TIMEOUT_S)
-    dist.init_process_group(backend, f"tcp://{first}:{port}", timeout=timeout, world_size=world_size, rank=rank)
-    try:
-        number = torch.tensor(rank, device="cuda" if backend == "nccl" else "cpu")
-        dist.all_reduce(number)
-        return int(number)
-    finally:
-        dist.destroy_process_group()
+def _judge_speed(step_s: float, exchange_s: float, megabytes: float, gpus: list[int]) -> Finding:
+    """The finding for nodes with so many GPUs each. A second node cannot pay if the gradients alone take longer than a
+    step on the GPUs of one node.
+    """
+    most, total = max(gpus), sum(gpus)
+    alone_s = step_s / most  # at best: within a node gradients take time, too
+    found = (
+        f"{megabytes:.1f} MB of gradients cross the network in {1e3 * exchange_s:.1f} ms, one node trains a step of "
+        f"{STEP_IMAGES} images in {1e3 * alone_s:.1f} ms"
+    )
+    remedy = (
+        f"a run on all {total} GPUs would be slower: use --gpus {most}, a node with more GPUs, or a larger "
+        "--batch-size or --samples"
+    )
+    return Finding("speed", "all", exchange_s <= alone_s, found, remedy)
 
 
 def show(findings: list[Finding]) -> bool:

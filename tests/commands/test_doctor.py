@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from dogvae.commands.doctor import Finding, _inspect, _judge, _read, _versions, show
+from dogvae.commands.doctor import Finding, _inspect, _judge, _judge_speed, _read, _versions, show
+from dogvae.commands.doctor_group import add_ranks, free_port, time_gradients
+from dogvae.config import Config
 from dogvae.data.dataset import Dataset
+from dogvae.network.vae import VAE
+from tests.support.ranks import start_ranks
 from tests.support.runs import make_dataset
 
 
@@ -49,6 +55,43 @@ def test_healthy_node_has_no_fault() -> None:
         assert all(f.ok for f in found.values())
         assert found["versions"].found == "same as here"
         assert found["dataset"].found == "120 images, fingerprint 01234567"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "step_ms", "exchange_ms", "ok", "found"),
+    [
+        ([1, 1, 1, 1], 7.0, 15.0, False, "12.5 MB .* in 15.0 ms, one node trains a step of 64 images in 7.0 ms"),
+        ([1, 1, 1, 1], 28.0, 15.0, True, "28.0 ms"),
+        ([4, 2], 40.0, 15.0, False, "10.0 ms"),  # four GPUs of one node are faster without the other node
+        ([4, 2], 80.0, 15.0, True, "20.0 ms"),
+    ],
+)
+def test_network_that_is_slower_than_one_node_is_found(
+    gpus: list[int], step_ms: float, exchange_ms: float, ok: bool, found: str
+) -> None:
+    finding = _judge_speed(step_ms / 1e3, exchange_ms / 1e3, 12.5, gpus)
+    assert finding.ok == ok
+    assert re.search(found, finding.found)
+    assert f"all {sum(gpus)} GPUs would be slower: use --gpus {max(gpus)}" in finding.remedy
+
+
+TINY = Config.make(width=4, batch_size=2)
+
+
+def measure_on(rank: int, ports: list[int], folder: Path) -> None:
+    torch.set_num_threads(1)
+    times = time_gradients(TINY, "gloo", "127.0.0.1", ports[0], 2, rank)
+    total = add_ranks("gloo", "127.0.0.1", ports[1], 2, rank)
+    (folder / str(rank)).write_text(json.dumps([*times, total]))
+
+
+def test_nodes_time_a_step_and_the_exchange_of_its_gradients(tmp_path: Path) -> None:
+    start_ranks(measure_on, 2, [free_port(0), free_port(1)], tmp_path)
+    for rank in "01":
+        step_s, exchange_s, nbytes, total = json.loads((tmp_path / rank).read_text())
+        assert 0 < exchange_s < step_s < 5  # two processes on one machine, and hardly any weights
+        assert nbytes == 4 * sum(p.numel() for p in VAE(TINY.model).parameters())
+        assert total == 1
 
 
 def test_show_prints_a_line_for_each_finding(capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,6 +127,6 @@ def test_a_run_starts_its_machine_and_ray_down_ends_all(cloud: Cloud, monkeypatc
         assert machine["IamInstanceProfile"]["Arn"] == outputs[profile]
         assert [group["GroupId"] for group in machine["SecurityGroups"]] == [outputs["SecurityGroupId"]]
         assert machine["MetadataOptions"]["HttpTokens"] == "required"
-    assert (head["InstanceType"], worker["InstanceType"]) == ("m6i.xlarge", "g6.xlarge")
+    assert (head["InstanceType"], worker["InstanceType"]) == ("m6i.xlarge", "g6.12xlarge")
     laptop.ray("down")
     assert {machine["State"]["Name"] for machine in cloud.machines()} == {"terminated"}

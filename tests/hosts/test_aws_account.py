@@ -204,7 +204,7 @@ def test_ray_up_adds_only_a_key_pair_to_the_account(account: Account) -> None:
     types = config["available_node_types"]
     assert types["head"]["resources"]["CPU"] == 0
     assert "GPU" not in types["head"]["resources"]
-    assert types["gpu"]["resources"].items() >= {"CPU": 4, "GPU": 1}.items()
+    assert types["gpu"]["resources"].items() >= {"CPU": 48, "GPU": 4}.items()
     account.calls.clear()
     booted = ray_aws.bootstrap_aws(config)
     changes = [call for call, _ in account.calls if not re.search(":(Describe|Get|List)", call)]

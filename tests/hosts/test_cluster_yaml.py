@@ -94,6 +94,9 @@ def test_ec2_accepts_the_machines() -> None:
     spot = re.search(r"# (InstanceMarketOptions: .*)", FILES["aws"].read_text())
     assert spot, "the choice that the file offers"
     assert complaints(types["gpu"]["node_config"] | yaml.safe_load(spot[1])) == []
+    other = re.search(r"# (InstanceType: g6.xlarge)\n", FILES["aws"].read_text())
+    assert other, "the other choice"
+    assert complaints(types["gpu"]["node_config"] | yaml.safe_load(other[1])) == []
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def test_the_file_is_safe_and_cheap_as_it_stands() -> None:
         assert node["IamInstanceProfile"]
         assert node["BlockDeviceMappings"][0]["Ebs"]["Encrypted"]
         assert kind["min_workers"] == 0
-        assert kind["max_workers"] == {"head": 0, "gpu": 4}[name]
+        assert kind["max_workers"] == {"head": 0, "gpu": 1}[name]
     assert config["available_node_types"]["head"]["resources"] == {"CPU": 0}
 
 
