@@ -12,7 +12,7 @@ Each part is a process of its own with a time limit, so a part that fails or han
              deterministic convolutions
 - epochs     what an epoch of 20,000 images takes besides its steps, and how long the first step takes to come
 - curves     losses of a short training in fp32 and bf16 on the GPU, and in fp32 on the CPU
-- sampling   new dogs per second
+- sampling   new dogs per second, and the export of a run
 - notebook   images/s of our loop beside the notebook's (step.py)
 
 What must hold is printed as `ok` or `FAILED`; the exit code is 1 if anything failed. --json is written after each part.

@@ -15,10 +15,10 @@ import measure
 import roofline
 import step
 from dogvae.config import Config, Safety
-from dogvae.inference.model import DogVAE
-from dogvae.network.vae import VAE
+from dogvae.inference.load import load
 from dogvae.storage import Storage
 from dogvae.training import metrics
+from dogvae.training.export import export
 from dogvae.training.loop import loop
 from dogvae.training.observer import Observer
 from dogvae.training.step import Trainer
@@ -129,11 +129,15 @@ def epochs(part: Part) -> None:
 
 
 def sampling(part: Part) -> None:
-    """`DogVAE.sample`: drawing latents, decoding, and pictures as NumPy arrays."""
-    network = VAE(part.config().model)
-    d = torch.Size(network.latent_shape).numel()
-    prior = {"gaussian.mean": torch.zeros(d), "gaussian.factor": torch.eye(d), "directions": torch.eye(d)[:4]}
-    dogs = DogVAE(network, part.device, {"sigma": 0.1}, prior | {"scales": torch.ones(4)})
+    """`DogVAE.sample`: drawing latents, decoding, and pictures as NumPy arrays; and the export that it comes from."""
+    data, run = part.photos(32 if part.quick else 2000, 8), Storage(part.folder / "run")
+    config = part.config(epochs=1).for_data(str(data.path), data.fingerprint, data.size, len(data.train))
+    loop(config, run, part.device, Observer(), Safety())
+    began = time.perf_counter()
+    folder = export(run, config)
+    took_s = time.perf_counter() - began
+    part.say("export", took_s, f"exporting a run of {len(data.train)} images: {took_s:.1f} s")
+    dogs = load(folder.uri, part.device)
     for n in (1, 4) if part.quick else (1, 64, 4096):
         took = part.seconds(lambda n=n: dogs.sample(n), rounds=3, round_s=1.0)  # type: ignore[misc]
         part.say(
