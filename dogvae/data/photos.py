@@ -15,10 +15,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from xml.etree import ElementTree
 
 from dogvae.errors import UsageError
+from dogvae.user_file import MAX_BYTES, read_at_most
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,13 +27,12 @@ if TYPE_CHECKING:
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 Boxes = tuple[Box, ...]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp"}
-MAX_BYTES = 256 * 2**20  # of one photo: an archive can declare any size
 MAX_HEADER_BYTES = 2**20  # of one annotation, or of one long name in a tar
 
 # Everything that zipfile, tarfile and their decompressors raise on a damaged file.
 READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
-READ_ERRORS += (lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
-ANNOTATION_ERRORS: tuple[type[Exception], ...] = (*READ_ERRORS, ElementTree.ParseError, ArithmeticError, LookupError)
+READ_ERRORS += (lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, ArithmeticError, LookupError)
+ANNOTATION_ERRORS: tuple[type[Exception], ...] = (*READ_ERRORS, ElementTree.ParseError)
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Entry:
-    """A regular file in a source. `read` returns its bytes, but at most `MAX_BYTES + 1` of them."""
+    """A regular file in a source. `open` opens it to read its bytes; `size` is what its folder or archive declares."""
 
     path: str
     size: int
-    read: Callable[[], bytes]
+    open: Callable[[], IO[bytes]]
     mtime_ns: int = 0
 
 
@@ -96,7 +96,7 @@ class UnreadPhoto:
     def read(self) -> Photo | Rejected:
         """The photo, or why it cannot be read."""
         try:
-            return Photo(self.entry.path, _read(self.entry, MAX_BYTES), self.boxes)
+            return Photo(self.entry.path, read_at_most(self.entry.open, self.entry.size, MAX_BYTES), self.boxes)
         except READ_ERRORS as error:
             return Rejected(self.entry.path, reason_of(error))
 
@@ -175,7 +175,7 @@ class FileSource(Source):
                     continue
                 found: Boxes | str
                 try:
-                    found = _parse_boxes(_read(entry, MAX_HEADER_BYTES))
+                    found = _parse_boxes(read_at_most(entry.open, entry.size, MAX_HEADER_BYTES))
                 except ANNOTATION_ERRORS as error:
                     found = f"bad annotation {entry.path}: {reason_of(error)}"
                 boxes.setdefault(name, {})[path.parent.name] = found
@@ -191,15 +191,6 @@ def is_hidden(name: str) -> bool:
 
 def _is_annotation(path: str) -> bool:
     return any(part.lower() in ("annotation", "annotations") for part in path.split("/")[:-1])
-
-
-def _read(entry: Entry, limit: int) -> bytes:
-    """The bytes of a file or member; ValueError if there are none or more than `limit`."""
-    if entry.size > limit or len(data := entry.read()) > limit:
-        raise ValueError(f"over {limit // 2**20} MB")
-    if not data:
-        raise ValueError("empty file")
-    return data
 
 
 def _parse_boxes(xml: bytes) -> Boxes:

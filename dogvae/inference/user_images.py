@@ -17,8 +17,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dogvae.data.decode import crop_square, crops, to_rgb
-from dogvae.data.photos import Photo
+from dogvae.data.photos import Photo, reason_of
 from dogvae.errors import UsageError
+from dogvae.user_file import read_file
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Pictures = Picture | Sequence[Picture]
@@ -52,13 +53,12 @@ def photo(data: bytes, name: str, size: int) -> np.ndarray:
 def _pixels(picture: Any, size: int) -> np.ndarray:
     if isinstance(picture, str | Path):
         try:
-            return photo(Path(picture).read_bytes(), str(picture), size)
+            data = read_file(picture)
         except OSError as error:
-            raise UsageError(f"{picture} cannot be read: {error.strerror}") from error
+            raise UsageError(f"{picture} cannot be read: {reason_of(error)}") from error
         except ValueError as error:
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(f"{picture!r} cannot be read: {error}") from error
+            raise UsageError(f"{str(picture)!r} cannot be read: {error}") from error
+        return photo(data, str(picture), size)
     if isinstance(picture, np.ndarray | Tensor):
         picture = Image.fromarray(_bytes(picture))
     if not isinstance(picture, Image.Image):
