@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from functools import partial
 
-from dogvae.data.photos import Entry, FileSource, Rejected, is_hidden, reason_of
+from dogvae.data.photos import HEIC_SUFFIXES, Entry, FileSource, Rejected, is_hidden, reads_heic, reason_of
 from dogvae.errors import UsageError
 from dogvae.user_file import open_file, refusal
 
@@ -26,6 +26,8 @@ class Folder(FileSource):
         for entry in self.entries():
             self._count += 1
             state = entry.reason if isinstance(entry, Rejected) else f"{entry.size}\0{entry.mtime_ns}"
+            if entry.path.lower().endswith(tuple(HEIC_SUFFIXES)) and reads_heic():
+                state += "\0heic"  # to prepare the folder again once the extra is installed
             digest.update(f"{entry.path}\0{state}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 

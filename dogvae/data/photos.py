@@ -6,6 +6,7 @@ Nothing is decoded here, and neither Ray, torch nor Pillow is imported.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import lzma
 import os
 import struct
@@ -14,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING
 from xml.etree import ElementTree
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 Boxes = tuple[Box, ...]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff"}
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
+HEIC_EXTRA = "HEIC is read after: pip install 'dogvae[heic]'"
 MAX_HEADER_BYTES = 2**20  # of one annotation, or of one long name in a tar
 
 # Everything that zipfile, tarfile and their decompressors raise on a damaged file.
@@ -150,7 +154,12 @@ class FileSource(Source):
 
     def _photo(self, entry: Entry, boxes: dict[str, dict[str, Boxes | str]] | None) -> UnreadPhoto | Rejected:
         path = PurePosixPath(entry.path)
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        suffix = path.suffix.lower()
+        if suffix in HEIC_SUFFIXES and not reads_heic():
+            return Rejected(entry.path, f"suffix {path.suffix!r}: {HEIC_EXTRA}")
+        if suffix == ".jxl":
+            return Rejected(entry.path, f"suffix {path.suffix!r}: JPEG XL is not read; convert it to JPEG or PNG")
+        if suffix not in IMAGE_SUFFIXES | HEIC_SUFFIXES:
             return Rejected(entry.path, f"suffix {path.suffix!r} is not an image's")
         found: Boxes | str = ()
         if boxes is not None:
@@ -182,6 +191,12 @@ class FileSource(Source):
         if not boxes:
             raise UsageError(f"--crop box: {self.name} has no Annotation folder with bounding boxes; use --crop center")
         return boxes
+
+
+@lru_cache(maxsize=1)
+def reads_heic() -> bool:
+    """Whether the extra `heic` is installed."""
+    return importlib.util.find_spec("pillow_heif") is not None
 
 
 def is_hidden(name: str) -> bool:
