@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from dogvae.data import folders, photos
 from dogvae.data.photos import Photo, Rejected
 from dogvae.data.source import open_source
+from dogvae.data.writer import Row, write_dataset
 from dogvae.errors import UsageError
 from dogvae.inference.user_images import pixels
 from dogvae.user_file import open_file
@@ -94,7 +96,7 @@ def test_sparse_map_of_a_tar_that_never_ends_is_refused(tmp_path: Path) -> None:
     member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
     data = member.tobuf(tarfile.PAX_FORMAT) + (b"99999999\n" + b"1\n" * 300)[:512]
     (tmp_path / "dogs.tar").write_bytes(data)
-    with pytest.raises(UsageError, match="shorter than a length that one of its headers declares"):
+    with pytest.raises(UsageError, match="cannot be opened: "):
         open_source(str(tmp_path / "dogs.tar"))
 
 
@@ -103,6 +105,46 @@ def test_zip_member_that_declares_gigabytes_is_rejected(tmp_path: Path) -> None:
         for name in ("a.jpg", "b.jpg"):
             archive.writestr(name, b"x" * 5000)
         archive.getinfo("b.jpg").file_size = 2**31
-            found = list(open_source(str(tmp_path / "dogs.zip")))
+    found = list(open_source(str(tmp_path / "dogs.zip")))
     assert [item.path for item in found if isinstance(item, Photo)] == ["a.jpg"]
     assert {item.path for item in found if isinstance(item, Rejected)} == {"b.jpg"}
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_suffix_of_heic_says_which_extra_reads_it(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.HEIC", "b.heif", "c.jxl", "d.avif", "e.tiff"):
+        (tmp_path / name).write_bytes(b"x")
+    signatures = []
+    for reads in (False, installed):
+        monkeypatch.setattr(photos, "reads_heic", lambda reads=reads: reads)
+        monkeypatch.setattr(folders, "reads_heic", lambda reads=reads: reads)
+        signatures.append(open_source(str(tmp_path)).signature())
+    assert (signatures[0] != signatures[1]) == installed  # so that the photos are prepared again
+    items = list(open_source(str(tmp_path)))
+    rejected = {item.path: item.reason for item in items if isinstance(item, Rejected)}
+    assert rejected.pop("c.jxl") == "suffix '.jxl': JPEG XL is not read; convert it to JPEG or PNG"
+    heic = {
+        name: f"suffix {name[1:]!r}: HEIC is read after: pip install 'dogvae[heic]'" for name in ("a.HEIC", "b.heif")
+    }
+    assert rejected == ({} if installed else heic)
+    assert [item.path for item in items if isinstance(item, Photo)] == (list(heic) if installed else []) + [
+        "d.avif",
+        "e.tiff",
+    ]
+
+
+def test_dataset_without_photos_names_the_extra_that_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the first rejected file is a sidecar of a photo."""
+    monkeypatch.setattr(photos, "reads_heic", lambda: False)
+    for name in ("1.AAE", "1.HEIC", "2.AAE", "2.HEIC"):
+        (tmp_path / name).write_bytes(b"x")
+    rows = [Row(item.path, None, b"", item.reason) for item in open_source(str(tmp_path)) if isinstance(item, Rejected)]
+    (tmp_path / "out").mkdir()
+    with pytest.raises(
+        UsageError, match=r"all 4 files were rejected, for example 1\.HEIC: .*pip install 'dogvae\[heic\]'"
+    ):
+        write_dataset(tmp_path / "out", rows, {"name": "photos"}, {"size": 32, "val_fraction": 0.1})
