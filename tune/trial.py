@@ -6,6 +6,7 @@ only reports its epochs once more, any other goes on from its checkpoint.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import tempfile
@@ -19,6 +20,7 @@ import torch
 
 from dogvae.cluster.nodes import Workers
 from dogvae.config import Config, Safety
+from dogvae.data import dataset
 from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
 from dogvae.training import metrics
@@ -114,6 +116,9 @@ def run_trial(config: dict[str, Any], shared: SharedByTrials) -> None:
     name, setting = Path(tune.get_context().get_trial_dir()).name, config["trial"]["setting"]
     storage = Storage(shared.search) / FOLDER / name
     torch.set_num_threads(max(1, shared.cpus))
+    if shared.workers == 1 and shared.gpus:
+        torch.cuda.set_device(0)  # the only one that this process sees
+        dataset.gpu_share = min(1.0, shared.gpus)
     for record in metrics.read(storage):
         report(record)
     if name in shared.ended:
@@ -133,6 +138,10 @@ def run_trial(config: dict[str, Any], shared: SharedByTrials) -> None:
     except (UsageError, RunFailed) as error:
         tune.report({"state": "failed", "reason": str(error).splitlines()[0]})
         return
+    finally:
+        if torch.cuda.is_initialized():  # the trials beside this one need what torch keeps for the next
+            gc.collect()
+            torch.cuda.empty_cache()
     if not done:
         tune.report({"state": "waiting"})
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-RESIDENT_SHARE = 0.25  # of the device's free memory: a larger split is streamed instead of kept on the device
+RESIDENT_SHARE = 0.25  # of a GPU's free memory: a larger split is streamed instead of kept on the GPU
+gpu_share = 1.0
+"""The part of its GPU that this process has. `tune` puts that of a trial here."""
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -60,6 +62,7 @@ class Split:
         self._starts = np.cumsum([0] + [len(s) for s in self._shards])
         self.image_shape = (3, size, size)
         self.nbytes = sum(s.nbytes for s in self._shards)
+        self._resident: dict[torch.device, Tensor | None] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -76,6 +79,19 @@ class Split:
             rows = which == shard
             out[rows] = self._shards[shard][indices[rows] - self._starts[shard]]
         return torch.from_numpy(out)
+
+    def resident(self, device: torch.device) -> Tensor | None:
+        """All images (n, 3, h, h) uint8 on a GPU; None if they are too many for it. Copied at the first call only."""
+        import torch
+
+        if device not in self._resident:
+            images = None
+            if self.nbytes < RESIDENT_SHARE * gpu_share * torch.cuda.mem_get_info(device)[0]:
+                images = torch.empty((len(self), *self.image_shape), dtype=torch.uint8, device=device)
+                for shard, start in zip(self._shards, self._starts, strict=False):
+                    images[start : start + len(shard)] = torch.from_numpy(np.array(shard))
+            self._resident[device] = images
+        return self._resident[device]
 
     def chunks(self, size: int, most: int | None = None) -> Iterator[Tensor]:
         """The first `most` images (default: all) in stored order, as uint8 (size, 3, h, h); the last may be shorter."""
@@ -139,9 +155,9 @@ def sha256_of(path: Path) -> str:
 class Batches:
     """Batches of a split as uint8 (b, 3, h, h) on the device.
 
-    On a GPU, a split that takes less than a quarter of the free memory is copied there whole. Otherwise each batch is
-    gathered, and on a GPU pinned and copied, while the one before it is used. On the CPU the memory map serves all
-    workers of a node, which share its pages.
+    On a GPU, a split that takes less than a quarter of the free memory is copied there whole, once. Otherwise each
+    batch is gathered, and on a GPU pinned and copied on a stream of its own, while the one before it is used. On the
+    CPU the memory map serves all workers of a node, which share its pages.
     """
 
     def __init__(self, split: Split, device: torch.device) -> None:
@@ -149,9 +165,8 @@ class Batches:
 
         self._split = split
         self._device = device
-        self._resident: Tensor | None = None
-        if device.type == "cuda" and split.nbytes < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
-            self._resident = torch.cat([torch.from_numpy(np.array(s)) for s in split._shards]).to(device)
+        self._resident = split.resident(device) if device.type == "cuda" else None
+        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batches: Iterable[np.ndarray]) -> Iterator[Tensor]:
         """Yield one batch for each array of indices (b,)."""
@@ -159,21 +174,36 @@ class Batches:
 
         if self._resident is not None:
             for indices in batches:
-                yield self._resident[torch.from_numpy(indices).to(self._device, non_blocking=True)]
+                yield self._resident[torch.from_numpy(indices).pin_memory().to(self._device, non_blocking=True)]
             return
         with ThreadPoolExecutor(1) as ahead:
             pending = None
             for indices in batches:
                 upcoming = ahead.submit(self._load, indices)
                 if pending is not None:
-                    yield pending.result()
+                    yield self._arrived(pending.result())
                 pending = upcoming
             if pending is not None:
-                yield pending.result()
+                yield self._arrived(pending.result())
 
     def _load(self, indices: np.ndarray) -> Tensor:
+        import torch
+
         batch = self._split.gather(indices)
-        return batch if self._device.type == "cpu" else batch.pin_memory().to(self._device, non_blocking=True)
+        if self._copying is None:
+            return batch
+        with torch.cuda.stream(self._copying):
+            return batch.pin_memory().to(self._device, non_blocking=True)
+
+    def _arrived(self, batch: Tensor) -> Tensor:
+        """The batch, for which the current stream, but not the host, waits."""
+        import torch
+
+        if self._copying is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._copying)
+            batch.record_stream(current)
+        return batch
 
 
 def moments(split: Split, chunk: int = 1024) -> tuple[Tensor, Tensor]:

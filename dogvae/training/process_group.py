@@ -1,14 +1,27 @@
-"""Ray Train's process group of all workers, as this project wants it, and what Ray Train reports of lost workers."""
+"""The process group of all workers, as Ray Train sets it up, and what Ray Train reports of lost workers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
 
 TIMEOUT_S = 300  # a worker that does not answer for so long is lost; a death is noticed at once
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # the class is known at run time only
+    """Prepares each worker's process, then has all of them join a group. One worker alone needs none."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        workers = len(worker_group)
+        worker_group.execute(_prepare)
+        if workers > 1:
+            address = worker_group.execute_single(0, _free_address)
+            joining = [worker_group.execute_single_async(i, _join, address, i, workers) for i in range(workers)]
+            ray.get(joining)
 
 
 def _prepare() -> None:
@@ -17,19 +30,21 @@ def _prepare() -> None:
     prepare()
 
 
-class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # the class is known at run time only
-    """nccl for GPU workers, else gloo, once each worker has prepared its process."""
+def _free_address() -> str:
+    from dogvae.training.worker import free_address
 
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(_prepare)
-        super().on_start(worker_group, backend_config)
+    return free_address()
+
+
+def _join(address: str, rank: int, world_size: int) -> None:
+    from dogvae.training.worker import join
+
+    join(address, rank, world_size, TIMEOUT_S)
 
 
 @dataclass
 class ProcessGroup(TorchConfig):
     """torch.distributed over all workers."""
-
-    timeout_s: int = TIMEOUT_S
 
     @property
     def backend_cls(self) -> type:

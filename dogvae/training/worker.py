@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
+from datetime import timedelta
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 
 from dogvae.cluster.network import choose_interface
 from dogvae.errors import OutOfMemory, RunFailed, UsageError
@@ -68,6 +72,36 @@ def prepare() -> None:
         keep_freed_memory()  # before threads are started, which would not have it
 
 
+def free_address() -> str:
+    """HOST:PORT of this node, at which rank 0 can listen."""
+    host = ray.util.get_node_ip_address()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as free:
+        free.bind(("", 0))
+        return f"[{host}]:{free.getsockname()[1]}" if ":" in host else f"{host}:{free.getsockname()[1]}"
+
+
+def join(address: str, rank: int, world_size: int, timeout_s: float) -> None:
+    """Join the process group of all workers, of which rank 0 listens at `address`.
+
+    GPUs talk by NCCL. What is in host memory goes by gloo, also between GPU workers: no host waits for its GPU then.
+    Ray's own call would leave the choice of the GPU to NCCL. From eleven GPUs on it takes another one than Ray.
+    """
+    device = ray.train.torch.get_device()
+    gpu = device if device.type == "cuda" else None
+    if gpu:
+        torch.cuda.set_device(gpu)
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as Ray does: a lost rank ends the others
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        init_method=f"tcp://{address}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=gpu,
+    )
+
+
 def work(settings: dict[str, Any]) -> tuple[str, str]:
     """Train on this worker; returns how it ended (`done`, `stopped`, `mistake`, `failed`) and why.
 
@@ -76,12 +110,16 @@ def work(settings: dict[str, Any]) -> tuple[str, str]:
     events = settings["events"]
     if failure := ray.get(events.failure.remote()):  # of the attempt before this one
         return "failed", failure
-    torch.set_num_threads(settings["threads"])
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
     observer = RayObserver(events, rank, settings["wants_saved"], settings["nodes_may_go"])
     device = ray.train.torch.get_device()
+    threads = settings["threads"]
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # A GPU worker reserves one CPU, but the cores of its node have nothing else to do.
+        threads = max(threads, (os.cpu_count() or 1) // context.get_local_world_size())
+    torch.set_num_threads(threads)
     try:
         done = loop(settings["config"], Storage(settings["run"]), device, observer, settings["safety"])
     except OutOfMemory as error:
