@@ -62,7 +62,7 @@ def gradient_errors(config: Config, device: torch.device) -> dict[str, float]:
         for p in trainer.parameters.values():
             p.add_(0.02 * torch.randn(p.shape, generator=generator).to(device))
     exact = VAE(config.model).double()
-    for network in (trainer.model, exact):
+    for network in (trainer.net, exact):
         _without_kinks(network)
     exact.load_state_dict(trainer.model.state_dict())
     given: list[Tensor] = []  # images and noise as the network gets them
@@ -70,7 +70,7 @@ def gradient_errors(config: Config, device: torch.device) -> dict[str, float]:
     def keep(_: Any, args: Any) -> None:
         given[:] = [a.detach().clone() for a in args]
 
-    trainer.model.register_forward_pre_hook(keep)
+    trainer.net.register_forward_pre_hook(keep)
     smooth = torch.rand(n, 3, size // 8, size // 8, generator=generator)
     images = torch.nn.functional.interpolate(smooth, size=size, mode="bilinear").mul(255).byte()
     trainer.step(images.to(device), n, 0, 0, 100)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dogvae import rng
 from dogvae.data.dataset import Batches, Dataset, Split, moments
@@ -15,8 +16,35 @@ from dogvae.network.vae import VAE
 from dogvae.rng import Stream
 
 VAL_SAMPLES = 4  # posterior samples in validation, whatever number a run trains with, so that any two runs compare
-VAL_CHUNK = 32  # images validated at a time; fixed, so that every world size computes the same numbers
+# Images validated at a time; fixed, so that every world size computes the same numbers. Each chunk has its own noise.
+VAL_CHUNK = 32
+PIXELS_CUDA = 256 * 64**2  # at a time on a GPU, in whole chunks: few launches
+KEPT_NOISE_BYTES = 256 << 20  # most noise that is kept on a GPU from one validation to the next
 ACTIVE_VARIANCE = 0.01  # Burda, Grosse & Salakhutdinov 2016: the variance of an active latent's mean exceeds this
+
+
+class ValidationNoise:
+    """The posterior noise of validation: the same on every device, and drawn on the CPU. A GPU keeps it."""
+
+    def __init__(self, latent_shape: tuple[int, ...], device: torch.device) -> None:
+        self._latent_shape, self._device = latent_shape, device
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._kept_bytes = 0
+
+    def of(self, images: np.ndarray) -> Tensor:
+        """Noise (VAL_SAMPLES, b, *latent_shape) of images (b,) that follow each other, from the start of a chunk on."""
+        first, last = int(images[0]), int(images[-1])
+        if (kept := self._kept.get((first, last))) is not None:
+            return kept
+        parts = []
+        for start in range(first, last + 1, VAL_CHUNK):
+            shape = (VAL_SAMPLES, min(VAL_CHUNK, last + 1 - start), *self._latent_shape)
+            parts.append(rng.normal(shape, Stream.VALIDATION, start // VAL_CHUNK))
+        noise = torch.cat(parts, dim=1).to(self._device)
+        if noise.is_cuda and self._kept_bytes + noise.nbytes <= KEPT_NOISE_BYTES:
+            self._kept[first, last] = noise
+            self._kept_bytes += noise.nbytes
+        return noise
 
 
 @torch.inference_mode()
@@ -27,6 +55,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     sigma: float | None = None,
+    noise: ValidationNoise | None = None,
 ) -> dict[str, float]:
     """Exact validation: means over all images of the split, the same numbers at every world size.
 
@@ -39,18 +68,23 @@ def evaluate(
       as a Gaussian, whatever likelihood the model was trained with.
     - `sigma`: in [1/255, 1]. `error`: the mean squared error of the decoded posterior means, and `psnr`: theirs in dB.
     - `active_latents`: how many latents vary between images.
+
+    `noise` is that of earlier validations with the same latent shape and device, which need not be drawn again.
     """
     model.eval()
+    noise = noise or ValidationNoise(model.latent_shape, device)
     n, latents, pixels = len(split), math.prod(model.latent_shape), math.prod(split.image_shape)
     kind = model.config.likelihood
-    chunks = [np.arange(start, min(start + VAL_CHUNK, n)) for start in range(0, n, VAL_CHUNK)]
+    at_once = VAL_CHUNK
+    if device.type == "cuda":
+        at_once *= max(1, PIXELS_CUDA // (VAL_CHUNK * split.image_shape[1] ** 2))
+    chunks = [np.arange(start, min(start + at_once, n)) for start in range(0, n, at_once)]
     table = torch.zeros(len(chunks), 5 + 2 * latents, dtype=torch.float64, device=device)
     counts = torch.zeros(3, likelihood.BINS, dtype=torch.int64, device=device)
     own = range(rank, len(chunks), world_size)  # the chunks of this rank
     for c, images in zip(own, Batches(split, device)([chunks[c] for c in own]), strict=True):
         x = images.float() / 255
-        noise = rng.normal((VAL_SAMPLES, len(x), *model.latent_shape), Stream.VALIDATION, c)
-        outputs, mu, logvar = model(x, noise.to(device))
+        outputs, mu, logvar = model(x, noise.of(chunks[c]))
         decoded = model.decode_mean(mu)
         counts += likelihood.residual_counts(likelihood.mean(kind, outputs), x)
         if kind == "bernoulli":

@@ -47,13 +47,17 @@ class Residual(nn.Module):
 class PixelUnshuffle(nn.PixelUnshuffle):
     """(b, c, h, w) to (b, 4 c, h / 2, w / 2), as torch's, which leaves the shape of a batch without images as it is.
 
-    A rank has no image of a last batch that is smaller than the number of ranks.
+    A rank has no image of a last batch that is smaller than the number of ranks. On a GPU, torch's would also lay the
+    channels outermost, and the next convolution would copy them back.
     """
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         """(b, 4 c, h / 2, w / 2)."""
         b, c, h, w = x_bchw.shape
-        return x_bchw.reshape(b, 4 * c, h // 2, w // 2) if b == 0 else super().forward(x_bchw)
+        if b and not x_bchw.is_cuda:
+            return super().forward(x_bchw)
+        x = x_bchw.permute(0, 2, 3, 1).reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 5, 2, 4)
+        return x.reshape(b, h // 2, w // 2, 4 * c).permute(0, 3, 1, 2)
 
 
 class PixelShuffle(nn.PixelShuffle):
@@ -62,7 +66,10 @@ class PixelShuffle(nn.PixelShuffle):
     def forward(self, x_bchw: Tensor) -> Tensor:
         """(b, c, 2 h, 2 w)."""
         b, c, h, w = x_bchw.shape
-        return x_bchw.reshape(b, c // 4, 2 * h, 2 * w) if b == 0 else super().forward(x_bchw)
+        if b and not x_bchw.is_cuda:
+            return super().forward(x_bchw)
+        x = x_bchw.permute(0, 2, 3, 1).reshape(b, h, w, c // 4, 2, 2).permute(0, 1, 4, 2, 5, 3)
+        return x.reshape(b, 2 * h, 2 * w, c // 4).permute(0, 3, 1, 2)
 
 
 def _widths(config: ModelConfig) -> list[int]:
@@ -105,12 +112,13 @@ class Decoder(nn.Module):
         assert pixels.bias is not None
         nn.init.zeros_(pixels.bias)
         self.layers = nn.Sequential(*layers, nn.SiLU(), pixels, PixelShuffle(2))
+        self.to_rgb: Tensor
+        self.register_buffer("to_rgb", (OPPONENT.T * OPPONENT_SCALE)[:, :, None, None], persistent=False)
 
     def forward(self, z_bchw: Tensor) -> Tensor:
         """Outputs of the pixels, (b, 3, h, h)."""
         opponent = self.layers(z_bchw)
-        to_rgb = (OPPONENT.T * OPPONENT_SCALE).to(opponent)
-        return F.conv2d(opponent, to_rgb[:, :, None, None])
+        return F.conv2d(opponent, self.to_rgb.to(opponent))
 
 
 class VAE(nn.Module):

@@ -7,6 +7,7 @@ do not depend on the number of workers.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -36,14 +37,27 @@ def augment(x_bchw: Tensor, flip_b: Tensor, degrees_b: Tensor) -> Tensor:
     """Flip images (b, 3, h, h) in [0, 1], then rotate each by its `degrees_b` about its centre.
 
     Bilinear; the border is reflected, so that corners do not turn black. Images that are not rotated keep their exact
-    values.
+    values. `flip_b` and `degrees_b` are in host memory: a GPU gets them without being waited for.
     """
-    if len(x_bchw) == 0:  # the last batch may leave a rank without images, which affine_grid refuses
+    if len(x_bchw) == 0:  # the last batch may leave a rank without images, which grid_sample refuses
         return x_bchw
-    x = torch.where(flip_b[:, None, None, None], x_bchw.flip(3), x_bchw)
     radians = degrees_b * (math.pi / 180)
-    cos, sin, zero = torch.cos(radians), torch.sin(radians), torch.zeros_like(radians)
-    theta = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    turned = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    return torch.where((degrees_b != 0)[:, None, None, None], turned, x)
+    cos, sin = torch.cos(radians), torch.sin(radians)
+    turn = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)  # (b, 2, 2)
+    flip, turned, turn = (_moved(t, x_bchw.device) for t in (flip_b, degrees_b != 0, turn))
+    x = torch.where(flip[:, None, None, None], x_bchw.flip(3), x_bchw)
+    grid = (_places(x.shape[2], x.device) @ turn.mT).unflatten(1, x.shape[2:])
+    rotated = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return torch.where(turned[:, None, None, None], rotated, x)
+
+
+@cache
+def _places(side: int, device: torch.device) -> Tensor:
+    """Places (1, side * side, 2) of the pixels of a square image, as `affine_grid` has them: from -1 to 1, x first."""
+    still = torch.eye(2, 3, device=device)[None]
+    return F.affine_grid(still, [1, 1, side, side], align_corners=False).flatten(1, 2)
+
+
+def _moved(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor of host memory on the device. From pinned memory the copy does not make the host wait."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t

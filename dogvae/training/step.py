@@ -7,20 +7,22 @@ neither an interruption nor the number of workers changes what is computed.
 from __future__ import annotations
 
 import copy
-from typing import Any
+import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dogvae import rng
 from dogvae.config import Config
 from dogvae.data.dataset import rank_slice
 from dogvae.rng import Stream
 from dogvae.training.augment import augment, draws
+from dogvae.training.average import Average
+from dogvae.training.bf16 import BF16Copy
 from dogvae.training.checkpoint import part
 from dogvae.training.flow_task import FlowTask
+from dogvae.training.gradients import Gradients
 from dogvae.training.memory import keep_freed_memory
 from dogvae.training.optimizer import Adam
 from dogvae.training.schedule import lr_at
@@ -37,26 +39,27 @@ class Trainer:
         # Every rank starts from the same weights, at every world size.
         torch.manual_seed(rng.seed(Stream.WEIGHTS, config.seed))
         self.task: Task = FlowTask(config, device) if config.flow else VAETask(config, device)
-        self.model = self.task.network().to(device).to(memory_format=self.task.memory_format)
+        self.model = self.task.network().to(device)
+        if self.world_size > 1:  # to be sure: kinds of CPUs may differ in the last bits
+            for p in self.model.parameters():
+                dist.broadcast(p.detach(), src=0)
+        self.model = self.model.to(memory_format=self.task.memory_format)
         if device.type == "cpu":
             keep_freed_memory()
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
-        self.net: Any = self.model
-        if self.world_size > 1:
-            devices = [device] if device.type == "cuda" else None
-            self.net = DistributedDataParallel(
-                self.model,
-                device_ids=devices,
-                gradient_as_bucket_view=True,
-                # Otherwise DDP arranges its buckets anew after the first step: the gradients of three and more ranks
-                # would be added up in another order in a process that has just started than in one that has not.
-                find_unused_parameters=True,
-            )
+        self.average = Average(self.ema, self.model, fused=device.type == "cuda") if self.ema is not None else None
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = Adam(self.parameters)
+        self.statistics = statistics_of(self.model)
         self.bf16 = config.precision == "bf16" or (
-            config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+            config.precision == "auto"
+            and device.type == "cuda"
+            and torch.cuda.is_bf16_supported(including_emulation=False)
         )
+        self.copy = BF16Copy(self.model) if self.bf16 else None
+        self.net: nn.Module = self.copy.network if self.copy else self.model  # what computes the losses
+        exchanging = self.world_size > 1 or self.copy
+        self.gradients = Gradients(self.net.parameters(), self.world_size) if exchanging else None
         self.noise = torch.Generator(device)
         self.sums = EpochSums(device, self.task.terms)  # of this epoch
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # steps skipped in a row, up to now
@@ -65,43 +68,47 @@ class Trainer:
         """One step on this rank's slice, uint8 (b, 3, h, h), of a global batch of `n` images; `steps` make an epoch."""
         config, device = self.config, self.device
         mine = rank_slice(n, self.rank, self.world_size)
-        x = images.float() / 255
+        x = images / 255
         if config.augment:
-            flip, degrees = (torch.from_numpy(a[mine]).to(device) for a in draws(n, config.seed, epoch, step))
+            flip, degrees = (torch.from_numpy(a[mine]) for a in draws(n, config.seed, epoch, step))
             x = augment(x, flip, degrees)
         x = x.contiguous(memory_format=self.task.memory_format)
         self.noise.manual_seed(rng.seed(Stream.POSTERIOR, config.seed, epoch, step))
         noise = torch.randn((config.samples, n, *self.task.noise_shape), generator=self.noise, device=device)
         # Batch norm takes its statistics in passing: should the step be skipped, they are put back.
-        before = [buffer.clone() for buffer in self.model.buffers()]
+        before = [statistic.clone() for statistic in self.statistics]
+        if self.copy:
+            self.copy.refresh()
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             objective, nats = self.task.losses(self.net, x, noise[:, mine], n, epoch + step / steps)
         self.model.zero_grad(set_to_none=True)
-        # DDP averages over ranks: times their number, the slices' sums add up to the mean over the global batch.
-        (objective * self.world_size).backward()
+        objective.backward()
+        if self.gradients:
+            for p, gradient in zip(self.parameters.values(), self.gradients.take(), strict=True):
+                p.grad = gradient
         skipped, norm = self._update(lr_at(config, epoch + step / steps), epoch * steps + step, before)
         self.sums.add(len(x), nats, norm, skipped)
-        self.streak = (self.streak + 1) * skipped.long()
+        self.streak = (self.streak + 1) * skipped
 
     def _update(self, lr: float, number: int, before: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Apply the gradients of step `number` of the run, unless they are not finite: then nothing changes, and the
-        buffers are again what they were `before`. Returns whether it was skipped (1. or 0.) and the gradients' norm.
+        """Apply the gradients of step `number` of the run, unless they are not finite: then nothing changes, and batch
+        norm's statistics are again what they were `before`. Returns whether it was skipped, a bool (), and the norm
+        of the gradients.
         """
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
-        skipped = (~torch.isfinite(norm)).float()
-        self.optimizer.step(lr, skipped)
-        for buffer, old in zip(self.model.buffers(), before, strict=True):
-            buffer.copy_(torch.where(skipped > 0, old, buffer))
-        if self.ema is not None:
+        skipped = ~(norm < math.inf)  # also if it is NaN
+        as_number = skipped.float()
+        self.optimizer.step(lr, as_number)
+        for statistic, old in zip(self.statistics, before, strict=True):
+            statistic.copy_(torch.where(skipped, old, statistic))
+        if self.ema is not None and self.average is not None:
             # Early on the average is short, or it would remember the random weights it started from.
             decay = min(self.config.ema, (1 + number) / (10 + number))
-            share = (1 - skipped) * (1 - decay)
-            for average, p in zip(self.ema.parameters(), self.parameters.values(), strict=True):
-                average.lerp_(p.detach(), share)
-            for mean, value in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            self.average.update(1 - decay, as_number)
+            for mean, value in zip(statistics_of(self.ema), self.statistics, strict=True):
                 mean.copy_(value)
         return skipped, norm
 
@@ -132,3 +139,9 @@ class Trainer:
         self.streak = tensors["streak"].to(self.device, copy=True)
         if "sums" in tensors:
             self.sums.load(tensors["sums"], self.rank)
+
+
+def statistics_of(network: nn.Module) -> list[Tensor]:
+    """The buffers that training changes: batch norm's statistics."""
+    kept = network.state_dict(keep_vars=True)
+    return [buffer for name, buffer in network.named_buffers() if name in kept]

@@ -15,12 +15,14 @@ class EpochSums:
     def __init__(self, device: torch.device, terms: tuple[str, ...]) -> None:
         self.terms = terms
         self._sums = torch.zeros(1 + len(terms) + len(OF_ALL), dtype=torch.float64, device=device)
+        self._skip = torch.tensor([*[0.0] * (len(self._sums) - 1), 1.0], device=device)  # what a skipped step adds
 
     def add(self, images: int, losses: Tensor, gradient_norm: Tensor, skipped: Tensor) -> None:
-        """Add a step. `losses` are the sums of its `terms` over this rank's images; `skipped` () is 0 or 1."""
-        count = losses.new_tensor([images], dtype=torch.float64)
-        step = torch.cat([count, losses.double(), gradient_norm.double()[None]])
-        self._sums += torch.cat([torch.where(skipped > 0, torch.zeros_like(step), step), skipped.double()[None]])
+        """Add a step. `losses` are the sums of its `terms` over this rank's images; `skipped` () is a bool."""
+        # Filled on the device: a number from the host would make it wait.
+        count = torch.full((1,), images, dtype=torch.float32, device=losses.device)
+        taken = torch.cat([count, losses, gradient_norm[None], self._skip[:1]])
+        self._sums += torch.where(skipped, self._skip, taken)
 
     def over_ranks(self) -> Tensor:
         """The sums over all ranks, of images, terms and OF_ALL, as a checkpoint keeps them; every rank must call it."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dogvae.config import Config
 from dogvae.data.dataset import Dataset, Split
-from dogvae.inference.elbo import evaluate, mean_error
+from dogvae.inference.elbo import ValidationNoise, evaluate, mean_error
 from dogvae.network import likelihood
 from dogvae.network.vae import VAE
 from dogvae.training.previews import preview_sheets
@@ -70,6 +70,7 @@ class VAETask:
         self.memory_format = memory_format(config, device)
         side = config.model.latent_side
         self.noise_shape: tuple[int, ...] = (config.model.latent_dim, side, side)
+        self.validation_noise = ValidationNoise(self.noise_shape, device)
 
     def network(self) -> VAE:
         """See `Task`."""
@@ -80,12 +81,11 @@ class VAETask:
         outputs, mu, logvar = net(x, noise)
         # In float32, as outside of autocast.
         with torch.autocast(x.device.type, enabled=False):
-            reconstruction = self._reconstruction(outputs, x, n)
-            kl = likelihood.kl(mu, logvar)
+            reconstruction = self._reconstruction(outputs, x, n).sum()
+            kl = likelihood.kl(mu, logvar).sum()
         beta = beta_at(self.config, epoch)
-        objective = self._objective(reconstruction.sum(), kl.sum(), beta, n)
-        nats = torch.stack([reconstruction.sum() + beta * kl.sum(), reconstruction.sum(), kl.sum()]).detach()
-        return objective, nats
+        nats = torch.stack([reconstruction + beta * kl, reconstruction, kl]).detach()
+        return self._objective(reconstruction, kl, beta, n), nats
 
     def _reconstruction(self, outputs: Tensor, x: Tensor, n: int) -> Tensor:
         """Negative log likelihood of this rank's images, (b,), with the best sigma for the global batch of `n`."""
@@ -116,7 +116,7 @@ class VAETask:
     ) -> dict[str, float]:
         """See `Task` and `evaluate`."""
         assert isinstance(network, VAE)
-        figures = evaluate(network, split, device, rank, world_size)
+        figures = evaluate(network, split, device, rank, world_size, noise=self.validation_noise)
         explained = likelihood.explained(figures.pop("error"), baseline)
         return {"explained": explained, **figures, "loss_per_pixel": figures["loss"] / np.prod(split.image_shape)}
 

@@ -14,7 +14,7 @@ from torch.distributions import Normal
 
 from dogvae import rng
 from dogvae.data.dataset import Dataset, Split
-from dogvae.inference.elbo import evaluate, mean_error
+from dogvae.inference.elbo import VAL_CHUNK, VAL_SAMPLES, ValidationNoise, evaluate, mean_error
 from dogvae.rng import Stream
 from tests.support.steps import CPU, config_of, photos, plain_means, plain_sigma, plain_terms, trainer_of
 
@@ -87,3 +87,12 @@ def test_mean_error_is_that_of_the_mean_training_image(write_dataset: Writer) ->
     prediction = (train.astype(np.float64) / 255).mean(axis=0)
     expected = np.square(val.astype(np.float64) / 255 - prediction).mean()
     assert mean_error(Dataset(write_dataset([train], [val]))) == pytest.approx(expected, rel=1e-9)
+
+
+def test_validation_noise_of_several_chunks_is_that_of_each() -> None:
+    """A GPU validates several chunks at a time."""
+    noise = ValidationNoise((3, 2, 2), CPU)
+    parts = [noise.of(np.arange(start, min(start + VAL_CHUNK, 70))) for start in range(0, 70, VAL_CHUNK)]
+    assert torch.equal(noise.of(np.arange(70)), torch.cat(parts, dim=1))
+    wanted = rng.normal((VAL_SAMPLES, VAL_CHUNK, 3, 2, 2), Stream.VALIDATION, 1)
+    assert torch.equal(parts[1], wanted)
