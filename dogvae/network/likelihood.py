@@ -83,7 +83,12 @@ def residual_counts(means_sbchw: Tensor, x_bchw: Tensor) -> Tensor:
     residual = torch.nan_to_num(x - means_sbchw).clamp(-1, 1)
     column = (residual * (FINE * LEVELS)).round().long() + BINS // 2
     row = (x > 0).long() + (x >= 1).long()
-    return torch.bincount((row * BINS + column).flatten(), minlength=3 * BINS).view(3, BINS)
+    bins = (row * BINS + column).flatten()
+    if x.device.type == "cpu":
+        return torch.bincount(bins, minlength=3 * BINS).view(3, BINS)
+    # Without bincount, which waits for the device to read the largest bin.
+    counts = torch.zeros(3 * BINS, dtype=torch.int64, device=x.device)
+    return counts.scatter_add_(0, bins, torch.ones_like(bins)).view(3, BINS)
 
 
 def bits(counts: Tensor, sigma: float) -> float:
@@ -99,7 +104,7 @@ def bits(counts: Tensor, sigma: float) -> float:
     near = torch.special.log_ndtr((half - residual.abs()) / sigma)
     far = torch.special.log_ndtr((-half - residual.abs()) / sigma)
     inside = near + torch.log1p(-torch.exp(far - near))
-    nats = -(counts * torch.stack([black, inside, white])).sum() / counts.sum()
+    nats = -(counts * torch.stack([black, inside, white])).sum() / counts.sum().clamp_min(1)
     return float(nats) / math.log(2)
 
 

@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from dogvae.console import warn
@@ -34,6 +35,29 @@ class Checkpoint(NamedTuple):
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
+
+
+class _Waiting(NamedTuple):
+    """A state to write; its tensors are complete once `arrived` has happened."""
+
+    tensors: dict[str, Tensor]
+    arrived: torch.cuda.Event | None
+    meta: dict[str, Any]
+
+
+def _moving_to_host(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    """The tensors in host memory, and the event that ends the copies of a GPU's: they have a stream of their own."""
+    device = next((t.device for t in tensors.values() if t.is_cuda), None)
+    if device is None:
+        return tensors, None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        moved = {name: t.to("cpu", non_blocking=True) for name, t in tensors.items()}
+    for t in tensors.values():
+        if t.is_cuda:
+            t.record_stream(stream)  # its memory is free for others only after its copy
+    return moved, stream.record_event()
 
 
 def _score(meta: dict[str, Any]) -> float:
@@ -57,7 +81,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._lock = Lock()
-        self._waiting: list[Checkpoint] = []
+        self._waiting: list[_Waiting] = []
         self._since = 0.0  # when a write last succeeded, or the writing began
         self._failing = False  # whether the last write failed
         self._scores: dict[str, float] = {}  # `_score` of each file
@@ -65,13 +89,17 @@ class Checkpoints:
         """Step of the newest checkpoint that is known to be on the storage."""
 
     def save(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Copy the state now and write it in the background. Raises as `check` does."""
+        """Copy the state now and write it in the background. Raises as `check` does.
+
+        Tensors of a GPU are copied there. The copies move to host memory beside the next steps, and no host waits.
+        """
         self.check()
-        copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+        copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        state = _Waiting(*_moving_to_host(copies), meta)
         with self._lock:
             best = min(self._waiting, key=lambda c: _score(c.meta), default=None)
             best_first = [best] if best and _score(best.meta) < math.inf else []
-            self._waiting = [*best_first, Checkpoint(copies, meta)]
+            self._waiting = [*best_first, state]
             if self._writing is None or self._writing.done():
                 self._since = time.monotonic()
                 self._writing = self._thread.submit(self._write_waiting)
@@ -112,8 +140,10 @@ class Checkpoints:
                 if not self._waiting:
                     return
                 state = self._waiting[0]
+            if state.arrived is not None:
+                state.arrived.synchronize()
             try:
-                self._write(*state)
+                self._write(state.tensors, state.meta)
             except OSError as error:
                 if time.monotonic() - self._since > self._patience_s:
                     raise self._given_up(str(error)) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -126,21 +127,33 @@ def is_export(path: str) -> bool:
 
 
 def _prior(model: VAE, data: Dataset) -> dict[str, Tensor]:
-    """The prior and the principal directions of the latents, as float32 tensors by name."""
+    """The prior and the principal directions of the latents, as float32 tensors by name, on the CPU."""
     with Progress("exporting") as line:
-        mu, var = posteriors(
-            model,
-            data.train,
-            torch.device("cpu"),
-            prior.MOST_IMAGES,
-            lambda done, total: line.update(done, total, f"encoding image {done:,} of {total:,}"),
-        )
-        gaussian = prior.fit(mu, var, lambda text: line.update(len(mu), len(mu), text))
+        mu, gaussian = None, None
+        if torch.cuda.is_available():
+            with suppress(torch.OutOfMemoryError):  # others may use the GPU: then the CPU does
+                mu, gaussian = _gaussian(model.to("cuda"), data, torch.device("cuda"), line)
+            model.cpu()
+        if mu is None or gaussian is None:
+            mu, gaussian = _gaussian(model, data, torch.device("cpu"), line)
     directions, scales = prior.principal(mu, DIRECTIONS)
     parents = _parents(model, data, gaussian.mean.float())
     tensors = {"directions": directions, "scales": scales, "parents": parents}
     tensors |= {f"gaussian.{part}": tensor for part, tensor in vars(gaussian).items()}
     return {name: tensor.float().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _gaussian(model: VAE, data: Dataset, device: torch.device, line: Progress) -> tuple[Tensor, prior.Gaussian]:
+    """The posterior means (n, d) of training images, and the Gaussian fitted to them, on the CPU."""
+    mu, var = posteriors(
+        model,
+        data.train,
+        device,
+        prior.MOST_IMAGES,
+        lambda done, total: line.update(done, total, f"encoding image {done:,} of {total:,}"),
+    )
+    fitted = prior.fit(mu.to(device), var.to(device), lambda text: line.update(len(mu), len(mu), text))
+    return mu, prior.Gaussian(fitted.mean.cpu(), fitted.factor.cpu())
 
 
 @torch.inference_mode()

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
-import zlib
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from dogvae.training import metrics
 from dogvae.training.checkpoint import Checkpoint, Checkpoints
 from dogvae.training.observer import Observer
 from dogvae.training.preflight import check_same_run, check_storage, open_dataset
-from dogvae.training.ranks import all_gather, broadcast, on_all_ranks, rank_and_world_size
+from dogvae.training.ranks import broadcast, on_all_ranks, on_all_ranks_with_heartbeat, rank_and_world_size
 from dogvae.training.schedule import beta_at, lr_at
 from dogvae.training.step import Trainer
 
@@ -80,8 +79,7 @@ class _Run:
                 workers = f"{self.world_size} worker{'s' if self.world_size > 1 else ''}"
                 observer.note(f"going on in epoch {self.meta['epoch'] + 1} after step {done}, with {workers}")
         if self.meta["mean_error"] is None:
-            baseline = self.trainer.task.baseline
-            self.meta["mean_error"] = broadcast(baseline(self.dataset) if self.rank == 0 else None)
+            self.meta["mean_error"] = self._baseline()
         self.recorder = metrics.Recorder(storage, self.meta["records"], observer.note) if self.rank == 0 else None
         self.saved_at = self.asked_at = time.monotonic()
         self.node_leaves = False  # then there is a checkpoint after every step
@@ -92,6 +90,18 @@ class _Run:
         if saved is not None:
             check_same_run(saved.meta, self.config)
         return saved
+
+    def _baseline(self) -> float:
+        """What the task compares its validation with; rank 0 computes it, which may take minutes."""
+
+        def compute() -> float | None:
+            return self.trainer.task.baseline(self.dataset) if self.rank == 0 else None
+
+        def waiting_for(hosts: list[str]) -> None:
+            if self.rank == 0:
+                self.observer.note(f"waiting for the mean of the training images on {', '.join(hosts)}")
+
+        return cast(float, broadcast(on_all_ranks_with_heartbeat(compute, waiting_for)))
 
     def train(self) -> bool:
         """See `loop`."""
@@ -120,8 +130,8 @@ class _Run:
         waited = self._train_steps(first)
         if waited is None:
             return None
+        sums = trainer.sums.over_ranks().cpu()  # waits for a GPU to finish the steps
         trained = time.perf_counter() - began
-        sums = trainer.sums.over_ranks()
         val = trainer.task.validate(
             trainer.evaluated_model,
             self.dataset.val,
@@ -192,7 +202,7 @@ class _Run:
         now = time.monotonic()
         due = self.rank == 0 and not self.safety.checkpoint_steps and now - self.saved_at >= self.safety.checkpoint_s
         ask = self.rank == 0 and now - self.asked_at >= PREEMPTION_INTERVAL_S
-        wishes = torch.tensor([self.observer.stopping(), due, ask], dtype=torch.int32, device=self.trainer.device)
+        wishes = torch.tensor([self.observer.stopping(), due, ask], dtype=torch.int32)
         if self.world_size > 1:
             dist.all_reduce(wishes, dist.ReduceOp.MAX)
         stop, due, ask = map(bool, wishes.tolist())
@@ -238,10 +248,14 @@ class _Run:
         """RunFailed if ranks hold different weights, before a checkpoint keeps them."""
         if self.world_size == 1:
             return
-        digest = 0
-        for p in self.trainer.parameters.values():
-            digest = zlib.crc32(p.detach().cpu().contiguous().numpy().data, digest)
-        if len(set(all_gather(digest))) > 1:
+        # Sums of the weights' bits: that of a weight is the same on all ranks only if the least is the largest.
+        bits = torch.stack(
+            [p.detach().view(torch.int32).sum(dtype=torch.int64) for p in self.trainer.model.parameters()]
+        )
+        extremes = torch.cat([bits, -bits])
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        largest, least_negated = extremes.cpu().chunk(2)
+        if not torch.equal(largest, -least_negated):
             raise RunFailed(f"epoch {self.meta['epoch'] + 1}: the workers' weights have drifted apart")
 
     @torch.inference_mode()
