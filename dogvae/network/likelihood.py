@@ -23,7 +23,7 @@ def bernoulli(logits_sbchw: Tensor, x_bchw: Tensor) -> Tensor:
     """Binary cross-entropy of each image, (b,) nats: the sum over pixels, averaged over posterior samples."""
     logits = logits_sbchw.float()
     nats = F.binary_cross_entropy_with_logits(logits, x_bchw.float().expand_as(logits), reduction="none")
-    return nats.sum(dim=(2, 3, 4)).mean(dim=0)
+    return _over_samples(nats.sum(dim=(2, 3, 4)))
 
 
 def gaussian(errors_b: Tensor, sigma: Tensor | float, pixels: int) -> Tensor:
@@ -49,7 +49,12 @@ def best_sigma(error: Tensor, values: int) -> Tensor:
 def squared_errors(likelihood: str, outputs_sbchw: Tensor, x_bchw: Tensor) -> Tensor:
     """Squared error of each image, (b,): the sum over pixels, averaged over posterior samples."""
     decoded = mean(likelihood, outputs_sbchw)
-    return (decoded - x_bchw.float()).square().sum(dim=(2, 3, 4)).mean(dim=0)
+    return _over_samples((decoded - x_bchw.float()).square().sum(dim=(2, 3, 4)))
+
+
+def _over_samples(values_sb: Tensor) -> Tensor:
+    """The mean (b,) over posterior samples; that of one sample costs a GPU nothing."""
+    return values_sb.squeeze(0) if len(values_sb) == 1 else values_sb.mean(dim=0)
 
 
 def mean(likelihood: str, outputs: Tensor) -> Tensor:

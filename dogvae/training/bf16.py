@@ -15,25 +15,27 @@ CAST = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # the layers whose weights au
 class BF16Copy:
     """A copy of a network whose convolutions and linear layers hold their weights in bfloat16.
 
-    All other parameters are float32, and the buffers are those of the original.
+    All other parameters are float32. The copy shares them with the original, and the buffers, but constants are
+    bfloat16, too. The original's parameters become views of one tensor.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = copy.deepcopy(network)
-        originals = [p.detach() for p in network.parameters()]
-        self._originals = [flatten(p, p) for p in originals]
-        self._float32 = torch.cat(self._originals)
+        parameters = list(network.parameters())
+        with torch.no_grad():
+            self._float32 = torch.cat([flatten(p, p) for p in parameters])
         self._bfloat16 = self._float32.bfloat16()
-        wide, narrow = unflatten(self._float32, originals), unflatten(self._bfloat16, originals)
-        parts = dict(zip(network.parameters(), zip(wide, narrow, strict=True), strict=True))
+        wide, narrow = unflatten(self._float32, parameters), unflatten(self._bfloat16, parameters)
+        parts = dict(zip(parameters, zip(wide, narrow, strict=True), strict=True))
         for module, layer in zip(network.modules(), self.network.modules(), strict=True):
             for name, p in module.named_parameters(recurse=False):
+                p.data = parts[p][0]
                 layer.register_parameter(name, nn.Parameter(parts[p][isinstance(module, CAST)]))
+            kept = module.state_dict()
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(layer, name, buffer)
+                setattr(layer, name, buffer if name in kept else buffer.bfloat16())
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the weights of the original."""
-        torch.cat(self._originals, out=self._float32)
         self._bfloat16.copy_(self._float32)

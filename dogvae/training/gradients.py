@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-GROUP_BYTES = 4 << 20  # of float32 gradients that leave together; the default network has 14 MB of them
+GROUP_BYTES = 8 << 20  # of float32 gradients that leave together; the default network has 14 MB of them
 
 
 class Gradients:

@@ -46,20 +46,21 @@ class Trainer:
         self.model = self.model.to(memory_format=self.task.memory_format)
         if device.type == "cpu":
             keep_freed_memory()
-        self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
-        self.average = Average(self.ema, self.model, fused=device.type == "cuda") if self.ema is not None else None
-        self.parameters = dict(self.model.named_parameters())
-        self.optimizer = Adam(self.parameters)
-        self.statistics = statistics_of(self.model)
         self.bf16 = config.precision == "bf16" or (
             config.precision == "auto"
             and device.type == "cuda"
             and torch.cuda.is_bf16_supported(including_emulation=False)
         )
         self.copy = BF16Copy(self.model) if self.bf16 else None
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
+        self.average = Average(self.ema, self.model, fused=device.type == "cuda") if self.ema is not None else None
+        self.parameters = dict(self.model.named_parameters())
+        self.optimizer = Adam(self.parameters)
+        self.statistics = statistics_of(self.model)
         self.net: nn.Module = self.copy.network if self.copy else self.model  # what computes the losses
         exchanging = self.world_size > 1 or self.copy
         self.gradients = Gradients(self.net.parameters(), self.world_size) if exchanging else None
+        self.one = torch.ones((), device=device)  # where backward begins: torch would make it in each step
         self.noise = torch.Generator(device)
         self.sums = EpochSums(device, self.task.terms)  # of this epoch
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # steps skipped in a row, up to now
@@ -82,7 +83,7 @@ class Trainer:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             objective, nats = self.task.losses(self.net, x, noise[:, mine], n, epoch + step / steps)
         self.model.zero_grad(set_to_none=True)
-        objective.backward()
+        objective.backward(self.one)
         if self.gradients:
             for p, gradient in zip(self.parameters.values(), self.gradients.take(), strict=True):
                 p.grad = gradient

@@ -16,12 +16,14 @@ class EpochSums:
         self.terms = terms
         self._sums = torch.zeros(1 + len(terms) + len(OF_ALL), dtype=torch.float64, device=device)
         self._skip = torch.tensor([*[0.0] * (len(self._sums) - 1), 1.0], device=device)  # what a skipped step adds
+        self._counts: dict[int, Tensor] = {}
 
     def add(self, images: int, losses: Tensor, gradient_norm: Tensor, skipped: Tensor) -> None:
         """Add a step. `losses` are the sums of its `terms` over this rank's images; `skipped` () is a bool."""
-        # Filled on the device: a number from the host would make it wait.
-        count = torch.full((1,), images, dtype=torch.float32, device=losses.device)
-        taken = torch.cat([count, losses, gradient_norm[None], self._skip[:1]])
+        if images not in self._counts:  # an epoch has two: of full batches, and of the last one
+            # Filled on the device: a number from the host would make it wait.
+            self._counts[images] = torch.full((1,), images, dtype=torch.float32, device=losses.device)
+        taken = torch.cat([self._counts[images], losses, gradient_norm[None], self._skip[:1]])
         self._sums += torch.where(skipped, self._skip, taken)
 
     def over_ranks(self) -> Tensor:

@@ -84,8 +84,9 @@ class VAETask:
             reconstruction = self._reconstruction(outputs, x, n).sum()
             kl = likelihood.kl(mu, logvar).sum()
         beta = beta_at(self.config, epoch)
-        nats = torch.stack([reconstruction + beta * kl, reconstruction, kl]).detach()
-        return self._objective(reconstruction, kl, beta, n), nats
+        loss = reconstruction + beta * kl
+        objective = loss / n if self.config.loss_scale == "image" else self._objective(reconstruction, kl, beta, n)
+        return objective, torch.stack([loss, reconstruction, kl]).detach()
 
     def _reconstruction(self, outputs: Tensor, x: Tensor, n: int) -> Tensor:
         """Negative log likelihood of this rank's images, (b,), with the best sigma for the global batch of `n`."""
@@ -100,10 +101,10 @@ class VAETask:
         return likelihood.gaussian(errors, likelihood.best_sigma(error, n * pixels).float(), pixels)
 
     def _objective(self, reconstruction: Tensor, kl: Tensor, beta: float, n: int) -> Tensor:
-        """This rank's part of the loss of a global batch of `n` images, from sums over its own images."""
-        if self.config.loss_scale == "image":
-            return (reconstruction + beta * kl) / n
-        # The notebook: cross-entropy averaged over the pixels there are, KL over those of a full batch.
+        """The notebook's loss: this rank's part for a global batch of `n` images, from sums over its own images.
+
+        Cross-entropy is averaged over the pixels there are, KL over those of a full batch.
+        """
         pixels = 3 * self.config.model.image_size**2
         return reconstruction / (n * pixels) + beta * kl / (self.config.batch_size * pixels)
 

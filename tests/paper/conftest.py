@@ -52,13 +52,13 @@ def paper_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 
 
 @pytest.fixture
-def on_paper_gpu(paper_environment: dict[str, str]) -> Callable[..., dict[str, Any]]:
+def on_paper_gpu(paper_environment: dict[str, str]) -> Callable[..., Any]:
     """Runs a function `MODULE:NAME` of tests.paper with keyword arguments in a process that has a paper GPU.
 
     Returns what the function returns. `env` changes the environment; None takes a variable away.
     """
 
-    def run(function: str, env: dict[str, str | None] | None = None, **arguments: Any) -> dict[str, Any]:
+    def run(function: str, env: dict[str, str | None] | None = None, **arguments: Any) -> Any:
         module, name = function.split(":")
         code = (
             f"import json, sys; from tests.paper.{module} import {name}; "
@@ -70,7 +70,6 @@ def on_paper_gpu(paper_environment: dict[str, str]) -> Callable[..., dict[str, A
             env=environment, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        returned: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return returned
+        return json.loads(done.stdout.splitlines()[-1])
 
     return run

@@ -34,26 +34,37 @@ class _Counting(StopAt):
 
 
 def train(
-    where: str, world_size: int, streamed: bool = False, stop_at: int | None = None, **settings: Any
-) -> dict[str, Any]:
-    """Train a run in the folder `where`, or go on with it. Returns its epochs' steps, rank 0's notes and counts."""
+    where: str, world_size: int, streamed: bool = False, stop_at: tuple[int | None, ...] = (None,), **settings: Any
+) -> list[dict[str, Any]]:
+    """Train a run in the folder `where`, and go on with it once for each further entry of `stop_at`.
+
+    `stop_at` are the polls at which the run is stopped. Returns, for each part, the last step of each epoch so far, and
+    rank 0's notes and counts.
+    """
     folder = Path(where)
-    if not (folder / "dataset").exists():
-        make_dataset(folder / "dataset")
+    make_dataset(folder / "dataset")
     config = job(folder / "dataset", **settings)
-    start_ranks(_rank, world_size, world_size, where, config, streamed, stop_at)
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return result
+    results = []
+    for part, stop in enumerate(stop_at):
+        args = world_size, where, config, streamed, stop, part
+        if world_size == 1:
+            _rank(0, *args)
+        else:
+            start_ranks(_rank, world_size, *args)
+        results.append(json.loads((folder / "result.json").read_text()))
+    return results
 
 
-def _rank(rank: int, world_size: int, where: str, config: Config, streamed: bool, stop_at: int | None) -> None:
+def _rank(
+    rank: int, world_size: int, where: str, config: Config, streamed: bool, stop_at: int | None, part: int
+) -> None:
     torch.set_num_threads(1)
     gpu = torch.device("cuda", rank)
     torch.cuda.set_device(gpu)
     if streamed:
         dataset.RESIDENT_SHARE = 0.0
     if world_size > 1:
-        init = f"file://{where}/init-{stop_at}"
+        init = f"file://{where}/init-{part}"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl", init_method=init, rank=rank, world_size=world_size, device_id=gpu,
             timeout=timedelta(seconds=60),

@@ -16,18 +16,24 @@ from tests.paper import device
 WARM, TIMED, STEPS = 3, 40, 100  # steps before counting, steps of which the host's time is taken, steps of an epoch
 
 
-def _join(world_size: int) -> torch.device:
-    """This process becomes rank 0 and stands for all ranks; returns its device."""
+def steps(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results of `step` with each of these arguments. This process is rank 0 and stands for all ranks."""
     torch.set_num_threads(1)
     torch.cuda.set_device(0)
-    if world_size > 1:
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=world_size)
-    return torch.device("cuda", 0)
+    results = []
+    for arguments in settings:
+        world_size = arguments.pop("world_size")
+        if world_size > 1:
+            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=world_size)
+        results.append(step(world_size, **arguments))
+        if world_size > 1:
+            dist.destroy_process_group()
+    return results
 
 
 def step(world_size: int, n: int = 64, timed: bool = False, **settings: Any) -> dict[str, Any]:
     """Counts of one step on a global batch of `n` images, after some others; strides that differ; ms on the host."""
-    cuda = _join(world_size)
+    cuda = torch.device("cuda", 0)
     trainer = Trainer(Config.make(**{"batch_size": 64, **settings}), cuda)
     trainer.net.train()
     own = rank_slice(n, 0, world_size)
@@ -40,7 +46,7 @@ def step(world_size: int, n: int = 64, timed: bool = False, **settings: Any) -> 
         take(i)
     device.reset()
     take(WARM)
-    result: dict[str, Any] = {"counts": device.counts(), "kernels": device.kernels()}
+    result: dict[str, Any] = {"counts": device.counts(), "kernels": device.kernels(), "bf16": trainer.bf16}
     moments = trainer.optimizer.state()
     result["strides"] = [
         name
@@ -53,8 +59,6 @@ def step(world_size: int, n: int = 64, timed: bool = False, **settings: Any) -> 
         for i in range(TIMED):
             take(WARM + 1 + i)
         result["ms"] = 1e3 * (time.process_time() - began) / TIMED
-    if world_size > 1:
-        dist.destroy_process_group()
     return result
 
 
