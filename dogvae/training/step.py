@@ -57,6 +57,7 @@ class Trainer:
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = Adam(self.parameters)
         self.statistics = statistics_of(self.model)
+        self.averaged_statistics = statistics_of(self.ema) if self.ema is not None else []
         self.net: nn.Module = self.copy.network if self.copy else self.model  # what computes the losses
         exchanging = self.world_size > 1 or self.copy
         self.gradients = Gradients(self.net.parameters(), self.world_size) if exchanging else None
@@ -82,7 +83,8 @@ class Trainer:
             self.copy.refresh()
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             objective, nats = self.task.losses(self.net, x, noise[:, mine], n, epoch + step / steps)
-        self.model.zero_grad(set_to_none=True)
+        for p in self.parameters.values():
+            p.grad = None
         objective.backward(self.one)
         if self.gradients:
             for p, gradient in zip(self.parameters.values(), self.gradients.take(), strict=True):
@@ -105,11 +107,11 @@ class Trainer:
         self.optimizer.step(lr, as_number)
         for statistic, old in zip(self.statistics, before, strict=True):
             statistic.copy_(torch.where(skipped, old, statistic))
-        if self.ema is not None and self.average is not None:
+        if self.average is not None:
             # Early on the average is short, or it would remember the random weights it started from.
             decay = min(self.config.ema, (1 + number) / (10 + number))
             self.average.update(1 - decay, as_number)
-            for mean, value in zip(statistics_of(self.ema), self.statistics, strict=True):
+            for mean, value in zip(self.averaged_statistics, self.statistics, strict=True):
                 mean.copy_(value)
         return skipped, norm
 
