@@ -9,7 +9,7 @@ global batch, weak scaling keeps the batch of a worker. All take turns, round by
     efficiency        images/s of n workers, divided by n times those of a worker of the smallest group
     of unconnected    images/s of n workers, divided by those of n single workers that run at the same time and do not
                       communicate: this is what shared cores and memory allow, whoever trains on them
-    exchange          the share of a step that exchanging gradients takes: the step is repeated without it.
+    exchange          the share of a step that exchanging gradients takes: the step is repeated under DDP's no_sync.
                       The batch's squared error, a number, is exchanged in both cases
 """
 
@@ -60,10 +60,8 @@ def contend(args: argparse.Namespace) -> None:
         trainer.step(images, n, 0, next(taken), 10**6)
 
     def step_alone() -> None:
-        assert trainer.gradients
-        trainer.gradients.world_size = 1
-        step()
-        trainer.gradients.world_size = world_size
+        with trainer.net.no_sync():
+            step()
 
     def turn(steps: int) -> dict[str, float]:
         timed(1, step)

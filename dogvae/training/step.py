@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
+from inspect import signature
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dogvae import rng
 from dogvae.config import Config
@@ -19,15 +22,16 @@ from dogvae.data.dataset import rank_slice
 from dogvae.rng import Stream
 from dogvae.training.augment import augment, draws
 from dogvae.training.average import Average
-from dogvae.training.bf16 import BF16Copy
+from dogvae.training.bf16 import BF16
 from dogvae.training.checkpoint import part
 from dogvae.training.flow_task import FlowTask
-from dogvae.training.gradients import Gradients
 from dogvae.training.memory import keep_freed_memory
 from dogvae.training.optimizer import Adam
 from dogvae.training.schedule import lr_at
 from dogvae.training.sums import EpochSums
 from dogvae.training.task import Task, VAETask
+
+BUCKET_MB = 8  # of gradients that leave together; the default network has 12 MB
 
 
 class Trainer:
@@ -39,29 +43,25 @@ class Trainer:
         # Every rank starts from the same weights, at every world size.
         torch.manual_seed(rng.seed(Stream.WEIGHTS, config.seed))
         self.task: Task = FlowTask(config, device) if config.flow else VAETask(config, device)
-        self.model = self.task.network().to(device)
-        if self.world_size > 1:  # to be sure: kinds of CPUs may differ in the last bits
-            for p in self.model.parameters():
-                dist.broadcast(p.detach(), src=0)
-        self.model = self.model.to(memory_format=self.task.memory_format)
+        self.model = self.task.network().to(device).to(memory_format=self.task.memory_format)
         if device.type == "cpu":
             keep_freed_memory()
-        self.bf16 = config.precision == "bf16" or (
-            config.precision == "auto"
-            and device.type == "cuda"
-            and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
-        self.copy = BF16Copy(self.model) if self.bf16 else None
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if config.ema else None
         self.average = Average(self.ema, self.model, fused=device.type == "cuda") if self.ema is not None else None
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = Adam(self.parameters)
         self.statistics = statistics_of(self.model)
         self.averaged_statistics = statistics_of(self.ema) if self.ema is not None else []
-        self.net: nn.Module = self.copy.network if self.copy else self.model  # what computes the losses
-        exchanging = self.world_size > 1 or self.copy
-        self.gradients = Gradients(self.net.parameters(), self.world_size) if exchanging else None
-        self.one = torch.ones((), device=device)  # where backward begins: torch would make it in each step
+        self.bf16 = config.precision == "bf16" or (
+            config.precision == "auto"
+            and device.type == "cuda"
+            and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        self.net: nn.Module = BF16(self.model) if self.bf16 else self.model  # what computes the losses
+        if self.world_size > 1:
+            self.net = self._distributed(self.net)
+        # DDP averages over ranks: times their number, the slices' sums add up to the mean over the global batch.
+        self.factor = torch.full((), float(self.world_size), device=device)
         self.noise = torch.Generator(device)
         self.sums = EpochSums(device, self.task.terms)  # of this epoch
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # steps skipped in a row, up to now
@@ -79,19 +79,43 @@ class Trainer:
         noise = torch.randn((config.samples, n, *self.task.noise_shape), generator=self.noise, device=device)
         # Batch norm takes its statistics in passing: should the step be skipped, they are put back.
         before = [statistic.clone() for statistic in self.statistics]
-        if self.copy:
-            self.copy.refresh()
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             objective, nats = self.task.losses(self.net, x, noise[:, mine], n, epoch + step / steps)
         for p in self.parameters.values():
             p.grad = None
-        objective.backward(self.one)
-        if self.gradients:
-            for p, gradient in zip(self.parameters.values(), self.gradients.take(), strict=True):
-                p.grad = gradient
+        objective.backward(self.factor)
         skipped, norm = self._update(lr_at(config, epoch + step / steps), epoch * steps + step, before)
         self.sums.add(len(x), nats, norm, skipped)
         self.streak = (self.streak + 1) * skipped
+
+    def _distributed(self, network: nn.Module) -> nn.Module:
+        """The network in DDP, whose buckets are arranged already, so that they leave while backward runs.
+
+        DDP arranges its buckets in the order of the gradients, after its first backward pass. The gradients of three
+        and more ranks would be added up in another order in a process that has just started than in one that has not.
+        So one pass comes before all steps. It changes nothing, as batch norm's statistics are put back.
+        """
+        # One kernel that copies all gradients of a bucket: torch has it from 2.15 on.
+        batched = "batched_grad_copy" in signature(DistributedDataParallel).parameters
+        options: dict[str, Any] = {"batched_grad_copy": True} if batched else {}
+        net = DistributedDataParallel(
+            network,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=BUCKET_MB,
+            **options,
+        )
+        net.broadcast_buffers = False  # they are equal on all ranks
+        before = [statistic.clone() for statistic in self.statistics]
+        side = self.config.model.image_size
+        x = torch.zeros(1, 3, side, side, device=self.device).contiguous(memory_format=self.task.memory_format)
+        noise = torch.zeros(self.config.samples, 1, *self.task.noise_shape, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            self.task.losses(net, x, noise, self.world_size, 0.0)[0].backward()
+        self.model.zero_grad(set_to_none=True)
+        for statistic, old in zip(self.statistics, before, strict=True):
+            statistic.copy_(old)
+        return net
 
     def _update(self, lr: float, number: int, before: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Apply the gradients of step `number` of the run, unless they are not finite: then nothing changes, and batch

@@ -13,7 +13,7 @@ from dogvae.data.dataset import rank_slice
 from dogvae.training.step import Trainer
 from tests.paper import device
 
-WARM, TIMED, STEPS = 3, 40, 100  # steps before counting, steps of which the host's time is taken, steps of an epoch
+WARM, TIMED, STEPS = 12, 40, 100  # steps before counting, steps of which the host's time is taken, steps of an epoch
 
 
 def steps(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
