@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--guidance",
             type=float,
-            help="of a flow: how far it moves away from the Gaussian (default: 1; 0: not at all)",
+            help="of a flow: how far it moves away from the Gaussian (default: 0.5; 0: not at all)",
         )
 
     def add_path(command: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ FREQUENCIES = 32  # of time
 FASTEST = 200.0  # the highest one, in radians per unit of time
 LEAST_VALUE = 1e-6  # lower bound of the eigenvalues: below it, float32 has none
 STEPS = 20  # from noise to latent
-GUIDANCE = 1.0
+GUIDANCE = 0.5  # of 0, 0.5, 1, 1.5 and 2 the best by Frechet distance and share of dogs (docs/quality.md)
 
 
 @dataclass(frozen=True)
