@@ -7,16 +7,19 @@ dogvae fit-prior runs/NAME --prior gaussian   # without the flow: the Gaussian i
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from dogvae.cluster import connect, nodes
 from dogvae.commands import flags
 from dogvae.commands.remote import run_there
 from dogvae.config import FLOW, Config, FlowConfig, check
 from dogvae.console import say
+from dogvae.storage import Storage
 from dogvae.training.run_folder import open_run
 
 SETTINGS = ("epochs", "batch_size", "lr", "width", "depth")  # of a flow that have flags
@@ -43,30 +46,54 @@ def parser() -> flags.Parser:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with the flags `argv`. Returns the exit status."""
+    args = parse(argv)
+    if (status := run_there(args, ["fit-prior"], argv)) is not None:
+        return status
+    if signum := fit_prior(args):
+        say(f"stopped; to go on: dogvae fit-prior{flags.sent()} {shlex.quote(args.folder)}")
+        return 128 + signum
+    from dogvae.training.export import FOLDER
+
+    folder = (Storage(args.folder) / FOLDER).uri
+    if args.prior == "gaussian":
+        say(folder)
+    else:
+        folder = shlex.quote(folder)
+        say(f"the model   {folder}\nnext        dogvae sample {folder} -n 64 -o samples.png")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags, checked without importing anything slow. Raises UsageError."""
     args = parser().parse_args(argv)
     flags.check_workers(args)
     check("prior", args.prior, str, {"choices": flags.PRIORS})
-    settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    settings = _settings(args)
     FlowConfig(**{name: settings[name] for name in ("width", "depth") if name in settings})
     Config.make(**{name: value for name, value in settings.items() if name not in ("width", "depth")})
-    safety = flags.safety(args)
-    if (status := run_there(args, ["fit-prior"], argv)) is not None:
-        return status
-    from dogvae.training.export import FOLDER, export
+    flags.safety(args)
+    return args
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+
+
+def fit_prior(args: argparse.Namespace) -> int | None:
+    """Train the prior and export it. Returns the signal that stopped it after a checkpoint, or None.
+
+    `args` come from `parse`. Raises UsageError and RunFailed.
+    """
+    from dogvae.training.export import export
     from dogvae.training.flow_run import fit_flow
 
+    safety = flags.safety(args)
     run, config = open_run(args.folder)
     if args.prior == "gaussian":
-        say(export(run, config, with_flow=False).uri)
-        return 0
+        export(run, config, with_flow=False)
+        return None
     os.environ |= flags.network(args)
     say(connect.connect(args.address, args.verbose))
     workers = nodes.choose_workers(args.gpus, args.cpus)
     nodes.wait_for_nodes(workers, safety.node_patience_s)
-
-    if signum := fit_flow(run, config, settings, workers, safety, args.verbose):
-        say(f"stopped; to go on: dogvae fit-prior{flags.sent()} {shlex.quote(args.folder)}")
-        return 128 + signum
-    folder = shlex.quote((run / FOLDER).uri)
-    say(f"the model   {folder}\nnext        dogvae sample {folder} -n 64 -o samples.png")
-    return 0
+    return fit_flow(run, config, _settings(args), workers, safety, args.verbose)

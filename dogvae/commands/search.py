@@ -14,7 +14,7 @@ import argparse
 import importlib.util
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dogvae.cluster import connect, nodes
@@ -100,11 +100,32 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     check_flags(args)
     if (status := run_there(args, argv[:1], argv[1:])) is not None:
         return status
-    return search(args)
+    ended = search(args)
+    if ended is None:
+        return 0
+    name, where = run_folder.runs_and_name(ended.found.storage)[1], flags.runs_flag(args.runs)
+    finish(ended, name, where)
+    if ended.stopped is None:
+        return 0
+    say(f"stopped; to go on: python -m tune search{flags.sent()} --resume {name}{where}")
+    return 128 + ended.stopped if ended.stopped else 0
 
 
-def search(args: argparse.Namespace) -> int:
-    """Run a new or resumed search, and export its best trial. Returns the exit status."""
+@dataclass(frozen=True)
+class Ended:
+    """A search when it has ended: by itself, by the signal `stopped` after checkpoints, or by its time budget (0)."""
+
+    found: Search
+    stopped: int | None
+    best: Config | None
+    """The config of the best trial, which is exported; None if no trial has finished an epoch."""
+
+
+def search(args: argparse.Namespace) -> Ended | None:
+    """Run a new or resumed search, write its report, and export its best trial. Returns None after --dry-run.
+
+    `args` are checked by `check_flags`. Raises UsageError, and RunFailed if all trials have failed.
+    """
     name, data = args.resume or args.name, args.data or DEFAULT_DATA
     known: list[Entry] = []
     if args.resume is not None:
@@ -137,7 +158,7 @@ def search(args: argparse.Namespace) -> int:
     if args.dry_run:
         shown = [plan.space.setting(plan.seed, n) for n in range(min(5, plan.trials))]
         say(f"{plan.to_json()}{at_once} at once; the first settings:\n" + "\n".join(map(str, shown)))
-        return 0
+        return None
     nodes.wait_for_nodes(nodes.Workers(plan.workers, plan.gpus > 0, plan.cpus), args.node_patience)
     if args.resume is None:
         dataset = DataChoice(data).open(args.runs)
@@ -146,14 +167,9 @@ def search(args: argparse.Namespace) -> int:
         plan = replace(plan, config=filled)
     save(storage, plan, known)
     say(f"{storage.uri}: {plan.trials} trials of at most {plan.config.epochs} epochs, {at_once} at a time")
-    where = flags.runs_flag(args.runs)
-    say(f"watch it: python -m tune dashboard {name}{where}")
+    say(f"watch it: python -m tune dashboard {name}{flags.runs_flag(args.runs)}")
     stopped = run(storage, plan, known, at_once, args.time_budget)
-    finish(open_search(args.runs, name), name, where, interrupted=stopped is not None)
-    if stopped is None:
-        return 0
-    say(f"stopped; to go on: python -m tune search{flags.sent()} --resume {name}{where}")
-    return 128 + stopped if stopped else 0
+    return exported(open_search(args.runs, name), stopped)
 
 
 def plan_new(args: argparse.Namespace, name: str, data: str) -> tuple[Storage, SearchPlan]:
@@ -213,8 +229,8 @@ def check_flags(args: argparse.Namespace) -> None:
                 raise UsageError(f"{flag}: a resumed search keeps its settings; leave this flag out")
 
 
-def finish(found: Search, name: str, where: str, interrupted: bool) -> None:
-    """Write and print the report, export the best model, and print the next commands.
+def exported(found: Search, stopped: int | None) -> Ended:
+    """Write the report of a search that has ended, and export its best model.
 
     Raises RunFailed if no trial has finished an epoch, unless the search was interrupted.
     """
@@ -226,14 +242,25 @@ def finish(found: Search, name: str, where: str, interrupted: bool) -> None:
     try:
         run, config = best_run(found)
     except UsageError as error:
+        if stopped is not None:
+            return Ended(found, stopped, None)
         report.show(found)
-        if interrupted:
-            return
         raise RunFailed(f"{error}; see the reasons above, or first train one setting as a run of its own") from error
-    folder = export(run, config, found.storage / EXPORT)
-    report.show(found)
+    export(run, config, found.storage / EXPORT)
+    return Ended(found, stopped, config)
+
+
+def finish(ended: Ended, name: str, where: str) -> None:
+    """Print the report and the next commands."""
+    from dogvae.training.export import FOLDER as EXPORT
+    from tune import report
+
+    report.show(ended.found)
+    if ended.best is None:
+        return
+    folder = (ended.found.storage / EXPORT).uri
     say(f"""
-the model   {folder.uri}
+the model   {folder}
 next        python -m tune dashboard {name}{where}
-            dogvae sample {shlex.quote(folder.uri)} -n 64 -o samples.png
-            dogvae train{flags.sent()}{where} --from-search {name} --epochs {10 * config.epochs}""")
+            dogvae sample {shlex.quote(folder)} -n 64 -o samples.png
+            dogvae train{flags.sent()}{where} --from-search {name} --epochs {10 * ended.best.epochs}""")

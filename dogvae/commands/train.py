@@ -10,10 +10,13 @@ python train_distributed.py --address http://localhost:8265 --data s3://BUCKET/d
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from dogvae.cluster import connect, nodes
 from dogvae.commands import flags
@@ -31,42 +34,78 @@ PROG = "train_distributed.py"
 FIRST_LOOK = {"preset": "small", "epochs": 16, "latent_size": 4, "latent_dim": 32}
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A run when its training has ended: by itself, or by the signal `signum` after a checkpoint."""
+
+    storage: Storage
+    config: Config
+    signum: int | None = None
+
+
 def main(argv: Sequence[str], prog: str = PROG) -> int:
     """Train with the flags `argv`; `prog` is the program that the user typed. Returns the exit status."""
-    args = flags.training_parser(prog, __doc__).parse_args(argv)
-    flags.check_training(args)
-    safety = flags.safety(args)
-    settings = flags.given(args)
-    choice = DataChoice(args.data or DEFAULT_DATA, settings.get("image_size"), args.crop, args.val_fraction)
-    name = args.name or run_folder.default_name(args.from_search or choice.data)
-    is_new = not (args.resume or args.from_search)
-    if args.data is None and is_new and "preset" not in settings:
-        settings = {**FIRST_LOOK, **settings}
-    config = Config.make(data=choice.data, **settings)  # finds mistakes before anything slow is imported
+    args = parse(argv, prog)
     if (status := run_there(args, ["train"], argv)) is not None:
         return status
+    ended = train(args)
+    if ended is None:
+        return 0
+    if ended.signum:
+        prior = f" --prior {args.prior}" if args.prior != flags.PRIORS[0] else ""
+        where = f"{flags.sent()} --runs {shlex.quote(args.runs)} --name {run_folder.runs_and_name(ended.storage)[1]}"
+        say(f"stopped; to go on: {flags.typed(prog)}{where} --resume{prior}")
+        return 128 + ended.signum
+    finish(ended.storage, ended.config, args.runs)
+    return 0
+
+
+def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
+    """The flags, checked without importing anything slow. Raises UsageError."""
+    args = flags.training_parser(prog, __doc__).parse_args(argv)
+    flags.check_training(args)
+    flags.safety(args)
+    Config.make(**_settings(args))
+    return args
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were typed; those of a first look are added to a new run without --data."""
+    settings = flags.given(args)
+    is_first_look = args.data is None and not (args.resume or args.from_search) and "preset" not in settings
+    return {**FIRST_LOOK, **settings} if is_first_look else settings
+
+
+def train(args: argparse.Namespace) -> Trained | None:
+    """Begin or resume a run, train and export it. Returns None after --dry-run, which only prints the plan.
+
+    `args` come from `parse`. Raises UsageError and RunFailed.
+    """
+    safety = flags.safety(args)
+    settings = _settings(args)
+    choice = DataChoice(args.data or DEFAULT_DATA, settings.get("image_size"), args.crop, args.val_fraction)
     if args.resume:
         storage, config = run_folder.open_old(args.runs, args.name, settings, args.data)
         if run_folder.is_finished(storage, config):
             say(f"{storage.uri} has finished its {config.epochs} epochs; for more, add --epochs {2 * config.epochs}")
             if args.prior == "gaussian":
-                finish(storage, config, args.runs)
-                return 0
+                return _exported(storage, config)
     else:
-        storage = run_folder.open_new(args.runs, name)
+        storage = run_folder.open_new(args.runs, args.name or run_folder.default_name(args.from_search or choice.data))
         if args.from_search:
             source, config = best_run(open_search(args.runs, args.from_search))
             config = run_folder.check_copy(source, config, settings)
         else:
             choice.check()
+            config = Config.make(data=choice.data, **settings)
     os.environ |= flags.network(args)
     say(connect.connect(args.address, args.verbose))
     workers = nodes.choose_workers(args.gpus, args.cpus)
     if args.dry_run:
         say(json.dumps({"run": storage.uri, "workers": str(workers), **config.to_dict()}, indent=2))
-        return 0
+        return None
     nodes.wait_for_nodes(workers, safety.node_patience_s)
-    if is_new:
+    if not (args.resume or args.from_search):
         dataset = choice.open(args.runs)
         say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
         config = config.for_data(str(dataset.path), dataset.fingerprint, dataset.size, len(dataset.train))
@@ -84,20 +123,21 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         from dogvae.training.flow_run import fit_flow
 
         signum = fit_flow(storage, config, {"epochs": args.prior_epochs}, workers, safety, args.verbose)
-    if signum:
-        prior = f" --prior {args.prior}" if args.prior != flags.PRIORS[0] else ""
-        where = f"{flags.sent()} --runs {shlex.quote(args.runs)}"
-        say(f"stopped; to go on: {flags.typed(prog)}{where} --name {name} --resume{prior}")
-        return 128 + signum
-    finish(storage, config, args.runs)
-    return 0
+    return Trained(storage, config, signum) if signum else _exported(storage, config)
+
+
+def _exported(storage: Storage, config: Config) -> Trained:
+    from dogvae.training.export import export
+
+    export(storage, config)
+    return Trained(storage, config)
 
 
 def finish(storage: Storage, config: Config, logdir: str) -> None:
-    """Export the best checkpoint; print where everything is and what to type next."""
-    from dogvae.training.export import export
+    """Print the best epoch, where everything is and what to type next."""
+    from dogvae.training.export import FOLDER
 
-    folder = export(storage, config).uri
+    folder = (storage / FOLDER).uri
     records = metrics.read(storage)
     best = metrics.best(records)
     if best:

@@ -21,6 +21,7 @@ from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
 from dogvae.training import fast_start, metrics
 from dogvae.training.events import in_background, start_events
+from dogvae.training.run_folder import runs_and_name
 
 NODES_INTERVAL_S = 5.0  # without a word from the workers, until it is looked whether they have nodes
 RESIZE_INTERVAL_S = 10.0  # how often an elastic run looks for more workers
@@ -85,8 +86,7 @@ def start(
     from dogvae.training.process_group import LostWorkers, ProcessGroup
 
     events = start_events()  # only now, as its process would hold up theirs
-    place, mark, options = storage.uri.partition("?")  # options of an object store, as pyarrow takes them
-    head, _, name = place.rpartition("/")
+    runs, name = runs_and_name(storage)
     # At run time these are Train V2's classes, which keep what the workers return; type checkers see V1's.
     trainer_class: Any = fast_start.trainer_class(early) if one_machine else TorchTrainer
     trainer = trainer_class(
@@ -104,7 +104,7 @@ def start(
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=name,
-            storage_path=head + mark + options,
+            storage_path=runs,
             failure_config=FailureConfig(max_failures=safety.max_failures),
             callbacks=[LostWorkers(events)],  # type: ignore[list-item]
             # `LostWorkers` prints one line for what Ray Train would log; the full log is in Ray's session folder.

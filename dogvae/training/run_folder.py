@@ -34,6 +34,13 @@ def check_name(name: str) -> str:
     return name
 
 
+def runs_and_name(run: Storage) -> tuple[str, str]:
+    """The folder of runs that holds `run`, a path or a URI, and the name of `run`: `--runs` and `--name`."""
+    place, mark, options = run.uri.partition("?")  # options of an object store, as pyarrow takes them
+    runs, _, name = place.rpartition("/")
+    return runs + mark + options, name
+
+
 def open_new(runs: str, name: str) -> Storage:
     """The storage of a new run; UsageError with the command that resumes it if it exists."""
     storage = Storage(runs) / check_name(name)
