@@ -1,14 +1,17 @@
-"""Output of a running command: one live line on a terminal, plain lines in a log file or a pipe."""
+"""Output of a running command: a live line on a terminal or in a notebook, plain lines in a log file or a pipe."""
 
 from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
+
+from dogvae.jupyter import cell_output
 
 PLAIN_INTERVAL_S = 10.0  # between two plain lines of progress; a terminal is redrawn at every update
 
@@ -31,7 +34,9 @@ def warn(message: str) -> None:
 
 
 class Progress:
-    """A progress line with the time left: live on a terminal, else a plain line every `plain_interval_s` seconds.
+    """A progress line with the time left: live on a terminal or in a notebook, else plain lines.
+
+    There is a plain line every `plain_interval_s` seconds.
 
     Use it as a context manager and call `update(done, total, text)` as often as you like; `done` has any unit. The time
     left is computed from the progress since the first update. `note(line)` prints a permanent line above.
@@ -43,6 +48,7 @@ class Progress:
         self._started: tuple[float, float] | None = None  # (time, done) at the first update; a resumed run has done > 0
         self._last_plain = time.monotonic()
         self._live = None
+        self._cell = cell_output()
         if sys.stdout.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, ProgressColumn, TextColumn
@@ -63,6 +69,8 @@ class Progress:
     ) -> None:
         if self._live:
             self._live.stop()
+        elif self._cell:
+            self._cell.flush()
 
     def update(self, done: float, total: float, text: str, milestone: bool = False) -> None:
         """Show that `done` of `total` is done, with `text` behind the bar. A log gets a line for every `milestone`."""
@@ -76,6 +84,8 @@ class Progress:
             text = f"{left}, {text}" if self._live else f"{text}, {left}"
         if self._live:
             self._live.update(self._task, completed=done, total=total, text=text)
+        elif self._cell:
+            self._cell.show(f"{self._title}: {text}")
         elif milestone or now - self._last_plain >= self._plain_interval_s:
             self._last_plain = now
             say(f"{self._title}: {text}")
@@ -94,8 +104,14 @@ class Progress:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that collects SIGINT and SIGTERM. The first one is only noted; the second ends the program."""
+    """Yield a list that collects SIGINT and SIGTERM. The first one is only noted; the second ends the program.
+
+    Only the main thread of a program can receive signals: in another one, the list stays empty.
+    """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def note(signum: int, frame: Any) -> None:
         received.append(signum)

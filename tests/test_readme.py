@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
 COMMANDS = [line for line in COMMANDS if not line.startswith("ray ")]  # tests/hosts runs those
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 SET_UP = r"python -m venv \.venv && \. \.venv/bin/activate && pip install -e \S+ && "
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 LONGEST = 30  # words of a sentence
@@ -86,7 +87,7 @@ def test_commands_for_your_own_dogs_make_their_pictures(checkout: Path) -> None:
     for picture in ("samples.png", "reconstructions.png", "walk.gif", "litter.png", "directions.png", "neighbours.png"):
         assert (checkout / picture).stat().st_size > 1000
     assert "negative ELBO" in succeed(one("dogvae evaluate"), checkout)
-    (python,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    (python,) = [block for block in PYTHON if "dogvae.load(" in block]
     check = "assert (len(dogs), len(litter)) == (64, 12) and walk.shape == (32, 64, 64, 3); print(latents.shape)"
     (checkout / "played.py").write_text(python + check)
     done = shell("python played.py", checkout)
@@ -105,6 +106,19 @@ def test_commands_of_the_search_export_the_best_trial(checkout: Path) -> None:
     assert (checkout / "runs/best/report.png").stat().st_size > 10_000
     assert (checkout / "runs/best/export/config.json").exists()
     assert '"epochs": 200' in succeed(f"{one('--from-search')} --dry-run", checkout)
+
+
+@pytest.mark.slow
+def test_python_of_the_readme_trains_and_searches(checkout: Path) -> None:
+    """With fewer trials and epochs, to save time."""
+    (python,) = [block for block in PYTHON if "dogvae.train(" in block]
+    for much, little in (("epochs=40", "epochs=2"), ("trials=12", "trials=2, epochs=2"), ("epochs=200", "epochs=3")):
+        assert much in python
+        python = python.replace(much, little)
+    check = "print(len(run.metrics), len(figure.axes), dogs.shape, len(search.trials), len(longer.metrics))"
+    (checkout / "trained.py").write_text(python + check)
+    done = shell("python trained.py", checkout)
+    assert done.stdout.splitlines()[-1:] == ["2 4 (64, 64, 64, 3) 2 3"], done.stderr
 
 
 def test_missing_gpus_are_an_error_that_counts_what_there_is(tmp_path: Path) -> None:

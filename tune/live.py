@@ -1,7 +1,8 @@
-"""The console while a search runs: a live table on a terminal, plain lines elsewhere."""
+"""The console while a search runs: a live table on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 import time
@@ -10,9 +11,11 @@ from concurrent.futures import Future
 from typing import Any
 
 from dogvae.console import clock, say, stop_signals
+from dogvae.jupyter import cell_output
 from tune.search_folder import Entry
 
 PLAIN_INTERVAL_S = 60.0
+NOTEBOOK = 30, 110  # rows and columns of the table there
 ENDED = ("done", "stopped", "failed")
 
 
@@ -60,7 +63,7 @@ class SearchProgress:
     def follow(self, fit: Future[Any], events: Any, budget_s: float | None) -> int | None:
         """Print the progress until `fit` is done; returns what `tune.search.run` does, raises what `fit` does."""
         end = math.inf if budget_s is None else self._began + budget_s
-        show = self._live if sys.stdout.isatty() else self._plain
+        show = self._live if sys.stdout.isatty() else self._notebook if cell_output() else self._plain
         with stop_signals() as received:
             show(fit, events, received, end)
         fit.result()
@@ -111,6 +114,25 @@ class SearchProgress:
                 if last:
                     return
                 time.sleep(0.5)
+
+    def _notebook(self, fit: Future[Any], events: Any, received: list[int], end: float) -> None:
+        from rich.console import Console
+
+        cell, (rows, columns) = cell_output(), NOTEBOOK
+        assert cell
+        while True:
+            last = fit.done()
+            if line := self._request_stop(events, received, end):
+                say(line)
+            while self._notes:
+                say(self._notes.pop(0))
+            text = io.StringIO()
+            Console(file=text, width=columns, force_terminal=False, force_jupyter=False).print(self._table(rows))
+            cell.show(text.getvalue())
+            if last:
+                cell.flush()
+                return
+            time.sleep(0.5)
 
     def _table(self, height: int) -> Any:
         from rich.console import Group

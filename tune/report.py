@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import PathCollection
 
+    from dogvae.training.curves import Plot
+
 FILES = CSV, JSON, PNG = "report.csv", "report.json", "report.png"
 FORMATS = {"loss": ",.1f", "reconstruction": ",.1f", "kl": ",.1f", "loss_at_equal_time": ",.1f"}
 FORMATS |= {"seconds": ",.0f", "images_per_s": ",.0f"}
@@ -54,15 +56,23 @@ def write(search: Search) -> None:
 
 
 def picture(search: Search) -> bytes:
-    """A PNG of 1500x900 pixels: the loss against four parameters and against time, and the importances."""
+    """A PNG of 1500x900 pixels of `figure`."""
+    buffer = io.BytesIO()
+    figure(search).savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def figure(search: Search) -> Plot:
+    """A figure of 15x9 inches: the loss against four parameters and against time, and the importances."""
     from matplotlib import style
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    table, buffer = rows(search), io.BytesIO()
+    from dogvae.training.curves import Plot
+
+    table = rows(search)
     ranked = list(filter(is_ranked, table))
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(15, 9), dpi=100, layout="constrained")
+        figure = Plot(figsize=(15, 9), dpi=100, layout="constrained")
         name = search.storage.uri.partition("?")[0].rpartition("/")[2]
         title = textwrap.fill(f"{name}: {_best(search, table)}", 105)
         if not ranked:
@@ -80,8 +90,8 @@ def picture(search: Search) -> bytes:
             left, right = bottom.subplots(1, 2, width_ratios=(2.2, 1))
             _time_panel(left, search.trials, ranked)
             _importance_panel(right, shares, common_epoch(search))
-        figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+        figure.draw_without_rendering()  # ticks take the style when they are first drawn
+    return figure
 
 
 def _limits(losses: Sequence[float]) -> tuple[float, float]:

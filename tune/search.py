@@ -72,6 +72,7 @@ def run(storage: Storage, plan: SearchPlan, known: Sequence[Entry], at_once: int
             failure_config=tune.FailureConfig(max_failures=RETRIES),
             callbacks=[_ProgressCallback(progress, storage, plan)],
             stop=_StopWhenIdle(progress),
+            progress_reporter=tune.CLIReporter(),  # silent at this verbosity; that for notebooks clears the cell
             verbose=0,
         ),
     )

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dogvae import __version__
@@ -156,9 +157,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    prepared(args)
+
+
+def prepared(args: argparse.Namespace) -> Path | str:
+    """Prepare a dataset with the flags `args`. Returns its folder, or its URI."""
     from dogvae.data.prepare import prepare
 
-    prepare(args.source, args.out, size=args.size, crop=args.crop, val_fraction=args.val_fraction, workers=args.workers)
+    settings = dict(size=args.size, crop=args.crop, val_fraction=args.val_fraction, workers=args.workers)
+    return prepare(args.source, args.out, **settings)
 
 
 def _doctor(args: argparse.Namespace) -> int:

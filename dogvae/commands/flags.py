@@ -242,10 +242,20 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
-def _start_ray(verbose: bool, **options: Any) -> None:
-    from dogvae.training.fast_start import start_ray
+def switches() -> set[str]:
+    """The settings that are on or off: `--augment`, `--no-augment`."""
+    return {name for name, _, kind in [*fields_of(Config), *fields_of(ModelConfig)] if kind is bool}
 
-    start_ray(verbose, **options)
+
+def use_fast_start() -> None:
+    """Have `connect` start Ray with the shortcuts of `fast_start`, which is imported only then."""
+
+    def start_ray(verbose: bool, **options: Any) -> None:
+        from dogvae.training import fast_start
+
+        fast_start.start_ray(verbose, **options)
+
+    connect.start_ray = start_ray
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -254,7 +264,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     An error is printed to stderr as one line; with --verbose, mistakes raise UsageError instead.
     """
     argv = sys.argv[1:] if argv is None else argv
-    connect.start_ray = _start_ray
+    use_fast_start()
     try:
         return main(argv) or 0
     except UsageError as error:

@@ -85,7 +85,7 @@ def parser(prog: str) -> flags.Parser:
 
 def main(argv: Sequence[str], prog: str = PROG) -> int:
     """Run the command in `argv`; `prog` is how the user called the program. Returns the exit status."""
-    args = parser(prog).parse_args(argv)
+    args = parse(argv, prog)
     if args.command == "report":
         from tune import report
 
@@ -97,7 +97,6 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         from tune.dashboard import dashboard
 
         return dashboard(open_search(args.runs, args.name), args.port)
-    check_flags(args)
     if (status := run_there(args, argv[:1], argv[1:])) is not None:
         return status
     ended = search(args)
@@ -109,6 +108,14 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         return 0
     say(f"stopped; to go on: python -m tune search{flags.sent()} --resume {name}{where}")
     return 128 + ended.stopped if ended.stopped else 0
+
+
+def parse(argv: Sequence[str], prog: str) -> argparse.Namespace:
+    """The flags of the command in `argv`, checked. Raises UsageError."""
+    args = parser(prog).parse_args(argv)
+    if args.command == "search":
+        check_flags(args)
+    return args
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ class Ended:
 def search(args: argparse.Namespace) -> Ended | None:
     """Run a new or resumed search, write its report, and export its best trial. Returns None after --dry-run.
 
-    `args` are checked by `check_flags`. Raises UsageError, and RunFailed if all trials have failed.
+    `args` come from `parse`. Raises UsageError, and RunFailed if all trials have failed.
     """
     name, data = args.resume or args.name, args.data or DEFAULT_DATA
     known: list[Entry] = []

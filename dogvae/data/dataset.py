@@ -80,6 +80,10 @@ class Split:
             out[rows] = self._shards[shard][indices[rows] - self._starts[shard]]
         return torch.from_numpy(out)
 
+    def pictures(self, n: int) -> np.ndarray:
+        """The first `n` images for people, and for a `DogVAE`: uint8 (n, h, h, 3)."""
+        return self.gather(np.arange(min(n, len(self)))).permute(0, 2, 3, 1).numpy()
+
     def resident(self, device: torch.device) -> Tensor | None:
         """All images (n, 3, h, h) uint8 on a GPU; None if they are too many for it. Copied at the first call only."""
         import torch

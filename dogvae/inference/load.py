@@ -19,15 +19,18 @@ from dogvae.network.vae import VAE
 from dogvae.storage import Storage
 
 EXPORT_FORMAT, EXPORT_VERSION = "dogvae-export", 3
+EXPORT = "export"  # the folder of an export in that of its run
 FLOW_FILE = "flow.safetensors"  # of exports with a flow prior
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:
     """The model of an export folder (a path or `s3://...`) on `device` (default: the GPU if there is one).
 
-    No code from the folder is executed. Raises UsageError if the folder is not an export, has another format version
-    or is damaged, and if the device is not available.
+    The folder of a run or of a search stands for the export in it. No code from the folder is executed. Raises
+    UsageError if the folder is not an export, has another format version or is damaged, and if the device is not
+    available.
     """
+    path = export_of(path)
     folder, target = Storage(path), _device(device)
     about = read_about(path)
     try:
@@ -50,6 +53,12 @@ def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:
         raise UsageError(f"{path} is damaged: {error}; export the run again") from error
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}; export the run again") from error
+
+
+def export_of(path: str | Path) -> str | Path:
+    """`path`, or the export in it if `path` is the folder of a run or of a search with an export."""
+    inside = Storage(path) / EXPORT
+    return inside.local or inside.uri if inside.exists("config.json") else path
 
 
 def read_about(path: str | Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dogvae.config import Config
 from dogvae.console import Progress
 from dogvae.data.dataset import Dataset
 from dogvae.errors import UsageError
+from dogvae.inference.load import EXPORT as FOLDER
 from dogvae.inference.load import EXPORT_FORMAT, EXPORT_VERSION, FLOW_FILE
 from dogvae.inference.model import DogVAE, posteriors
 from dogvae.network import prior
@@ -30,7 +31,6 @@ from dogvae.training.checkpoint import Checkpoints, part
 from dogvae.training.metrics import explained_text
 from dogvae.training.run_folder import CONFIG, open_run
 
-FOLDER = "export"
 ONNX = ("encoder.onnx", "decoder.onnx")
 DIRECTIONS = 32  # principal directions that are kept
 PARENTS = 64  # validation photos among which the playground's first parents are chosen

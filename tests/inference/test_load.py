@@ -67,8 +67,13 @@ def test_load_returns_the_exported_model(exported: Exported) -> None:
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.model.state_dict().items())
 
 
+def test_folder_of_a_run_stands_for_the_export_in_it(exported: Exported) -> None:
+    assert dogvae.load(exported.run).about == dogvae.load(exported.folder).about
+
+
 def test_folder_without_an_export_is_refused(exported: Exported, tmp_path: Path) -> None:
-    for folder in (tmp_path / "nowhere", tmp_path, exported.run, exported.folder / "config.json"):
+    run = shutil.copytree(exported.run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    for folder in (tmp_path / "nowhere", tmp_path, run, exported.folder / "config.json"):
         assert "is not an exported model" in refused(folder)
         assert "RUN/export" in refused(folder)
 
