@@ -123,7 +123,9 @@ def train(args: argparse.Namespace) -> Trained | None:
         from dogvae.training.flow_run import fit_flow
 
         signum = fit_flow(storage, config, {"epochs": args.prior_epochs}, workers, safety, args.verbose)
-    return Trained(storage, config, signum) if signum else _exported(storage, config)
+    if signum or args.prior == "flow":  # whose training ends with an export
+        return Trained(storage, config, signum)
+    return _exported(storage, config)
 
 
 def _exported(storage: Storage, config: Config) -> Trained:
