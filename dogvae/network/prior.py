@@ -49,10 +49,10 @@ class Gaussian:
         return self.mean + temperature * noise_nd @ self.factor.T
 
 
-def fit(mu_nd: Tensor, var_nd: Tensor, progress: Callable[[str], None] = lambda text: None) -> Gaussian:
+def fit(mu_nd: Tensor, var_nd: Tensor, progress: Callable[[int, int], None] = lambda done, total: None) -> Gaussian:
     """Fit a Gaussian to posteriors N(mu, var). Held-out images choose by how much correlations are lowered.
 
-    `progress` is called with a line of text before each fit.
+    `progress(done, total)` counts the fits.
     """
     mu, var = mu_nd.double(), var_nd.double().clamp_min(LEAST_VARIANCE)
     if len(mu) < LEAST_IMAGES:
@@ -63,11 +63,12 @@ def fit(mu_nd: Tensor, var_nd: Tensor, progress: Callable[[str], None] = lambda 
     )
     z = mu[held] + var[held].sqrt() * noise.to(mu.device)
 
-    def score(shrinkage: float) -> float:
-        progress(f"fitting the prior, shrinkage {shrinkage}")
-        return float(_fit(mu[~held], var[~held], shrinkage).log_prob(z).mean())
-
-    return _fit(mu, var, max(SHRINKAGE, key=score))
+    scores = []
+    for done, shrinkage in enumerate(SHRINKAGE):
+        progress(done, len(SHRINKAGE) + 1)
+        scores.append(float(_fit(mu[~held], var[~held], shrinkage).log_prob(z).mean()))
+    progress(len(SHRINKAGE), len(SHRINKAGE) + 1)
+    return _fit(mu, var, SHRINKAGE[scores.index(max(scores))])
 
 
 def _fit(mu: Tensor, var: Tensor, shrinkage: float) -> Gaussian:

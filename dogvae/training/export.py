@@ -25,15 +25,18 @@ from dogvae.inference.model import DogVAE, posteriors
 from dogvae.network import prior
 from dogvae.network.flow import Flow
 from dogvae.network.vae import VAE
-from dogvae.pictures import grid, png
+from dogvae.pictures import grid, png, to_uint8
 from dogvae.storage import Storage
 from dogvae.training.checkpoint import Checkpoints, part
 from dogvae.training.metrics import explained_text
 from dogvae.training.run_folder import CONFIG, open_run
+from dogvae.training.task import memory_format
 
 ONNX = ("encoder.onnx", "decoder.onnx")
 DIRECTIONS = 32  # principal directions that are kept
 PARENTS = 64  # validation photos among which the playground's first parents are chosen
+# In the time left, fitting the prior and drawing the preview count as so many encoded images.
+FIT_AS_IMAGES, PREVIEW_AS_IMAGES = 200, 200
 
 
 def export(run: Storage, config: Config, folder: Storage | None = None, with_flow: bool = True) -> Storage:
@@ -52,8 +55,30 @@ def export(run: Storage, config: Config, folder: Storage | None = None, with_flo
     weights = part(best.tensors, "ema") or part(best.tensors, "model")
     model = VAE(config.model).eval()
     model.load_state_dict(weights)
+    model.to(memory_format=memory_format(config, torch.device("cpu")))
+    with Progress("exporting") as line:
+        files = _contents(run, config, model, weights, metrics, with_flow, line)
+    folder = folder or run / FOLDER
+    for name in (*ONNX, FLOW_FILE):  # these files of an earlier export belong to other weights
+        if name not in files:
+            folder.delete(name)
+    for name, content in files.items():
+        folder.write(name, content)
+    return folder
+
+
+def _contents(
+    run: Storage,
+    config: Config,
+    model: VAE,
+    weights: dict[str, Tensor],
+    metrics: dict[str, Any],
+    with_flow: bool,
+    line: Progress,
+) -> dict[str, bytes]:
+    """The files of the export by name, config.json last."""
     data = Dataset(config.data, config.fingerprint)
-    fitted = _prior(model, data)
+    fitted = _prior(model, data, line)
     files = {
         "model.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in weights.items()}),
         "prior.safetensors": safetensors.torch.save(fitted),
@@ -74,16 +99,13 @@ def export(run: Storage, config: Config, folder: Storage | None = None, with_flo
         flow, about["flow"] = found
         files[FLOW_FILE] = safetensors.torch.save({k: v.contiguous() for k, v in flow.state_dict().items()})
         about["files"][FLOW_FILE] = _sha256(files[FLOW_FILE])
+    done = min(len(data.train), prior.MOST_IMAGES) + FIT_AS_IMAGES
+    line.update(done, done + PREVIEW_AS_IMAGES, "drawing a preview")
     files["preview.png"] = _preview(DogVAE(model, torch.device("cpu"), about, fitted, flow))
     files["README.md"] = _card(about, model.latent_shape).encode()
     files[CONFIG] = (json.dumps(about, indent=2) + "\n").encode()
-    folder = folder or run / FOLDER
-    for name in (*ONNX, FLOW_FILE):  # these files of an earlier export belong to other weights
-        if name not in files:
-            folder.delete(name)
-    for name, content in files.items():
-        folder.write(name, content)
-    return folder
+    line.update(done + PREVIEW_AS_IMAGES, done + PREVIEW_AS_IMAGES, "writing")
+    return files
 
 
 def _sha256(content: bytes) -> str:
@@ -126,16 +148,15 @@ def is_export(path: str) -> bool:
     return isinstance(about, dict) and about.get("format") == EXPORT_FORMAT
 
 
-def _prior(model: VAE, data: Dataset) -> dict[str, Tensor]:
+def _prior(model: VAE, data: Dataset, line: Progress) -> dict[str, Tensor]:
     """The prior and the principal directions of the latents, as float32 tensors by name, on the CPU."""
-    with Progress("exporting") as line:
-        mu, gaussian = None, None
-        if torch.cuda.is_available():
-            with suppress(torch.OutOfMemoryError):  # others may use the GPU: then the CPU does
-                mu, gaussian = _gaussian(model.to("cuda"), data, torch.device("cuda"), line)
-            model.cpu()
-        if mu is None or gaussian is None:
-            mu, gaussian = _gaussian(model, data, torch.device("cpu"), line)
+    mu, gaussian = None, None
+    if torch.cuda.is_available():
+        with suppress(torch.OutOfMemoryError):  # others may use the GPU: then the CPU does
+            mu, gaussian = _gaussian(model.to("cuda"), data, torch.device("cuda"), line)
+        model.cpu()
+    if mu is None or gaussian is None:
+        mu, gaussian = _gaussian(model, data, torch.device("cpu"), line)
     directions, scales = prior.principal(mu, DIRECTIONS)
     parents = _parents(model, data, gaussian.mean.float())
     tensors = {"directions": directions, "scales": scales, "parents": parents}
@@ -145,14 +166,21 @@ def _prior(model: VAE, data: Dataset) -> dict[str, Tensor]:
 
 def _gaussian(model: VAE, data: Dataset, device: torch.device, line: Progress) -> tuple[Tensor, prior.Gaussian]:
     """The posterior means (n, d) of training images, and the Gaussian fitted to them, on the CPU."""
+    n = min(len(data.train), prior.MOST_IMAGES)
+    all_work = n + FIT_AS_IMAGES + PREVIEW_AS_IMAGES
+    line.update(0, all_work, "encoding the photos")
     mu, var = posteriors(
         model,
         data.train,
         device,
         prior.MOST_IMAGES,
-        lambda done, total: line.update(done, total, f"encoding image {done:,} of {total:,}"),
+        lambda done, total: line.update(done, all_work, f"encoding image {done:,} of {total:,}"),
     )
-    fitted = prior.fit(mu.to(device), var.to(device), lambda text: line.update(len(mu), len(mu), text))
+    fitted = prior.fit(
+        mu.to(device),
+        var.to(device),
+        lambda done, total: line.update(n + FIT_AS_IMAGES * done / total, all_work, "fitting the prior"),
+    )
     return mu, prior.Gaussian(fitted.mean.cpu(), fitted.factor.cpu())
 
 
@@ -172,8 +200,10 @@ def _parents(model: VAE, data: Dataset, mean: Tensor) -> Tensor:
 
 def _preview(model: DogVAE) -> bytes:
     """Samples above a walk between two validation photos. The photos, which may be private, are not shown."""
-    pictures = np.concatenate([model.sample(32), model.decode(model.path(model.parents, steps=8))])
-    return png(grid(pictures, columns=8))
+    latents = np.concatenate([model.sample_latents(32), model.path(model.parents, steps=8)])
+    with torch.inference_mode():  # all at once: one by one, as `decode` does, takes ten times as long
+        pictures = to_uint8(model.model.decode_mean(torch.from_numpy(latents)))
+    return png(grid(pictures.transpose(0, 2, 3, 1), columns=8))
 
 
 def _prior_text(about: dict[str, Any]) -> str:
