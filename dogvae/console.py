@@ -13,6 +13,7 @@ from typing import Any
 
 from dogvae.jupyter import cell_output
 
+WAITING_INTERVAL_S = 1.0
 PLAIN_INTERVAL_S = 10.0  # between two plain lines of progress; a terminal is redrawn at every update
 
 
@@ -31,6 +32,31 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """Print one line of warning on stderr."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show `text` and the seconds on a terminal while the block runs, after the first second; then erase it.
+
+    It is for work without a count, that prints nothing itself. The line goes to stderr: stdout may hold an answer.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    ended, began = threading.Event(), time.monotonic()
+
+    def show() -> None:
+        while not ended.wait(WAITING_INTERVAL_S):
+            print(f"\r\x1b[K{text} {clock(time.monotonic() - began)}", end="", file=sys.stderr, flush=True)
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class Progress:

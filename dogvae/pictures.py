@@ -7,15 +7,18 @@ import itertools
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from dogvae.errors import UsageError
 from dogvae.storage import Storage
 
-STILL, MOVING, VIDEO, ARRAY = (".png",), (".gif", ".webp"), (".mp4",), (".npy",)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STILL, MOVING, VIDEO, ARRAY = (".png", ".jpg", ".jpeg"), (".gif", ".webp"), (".mp4",), (".npy",)
 SUFFIXES = STILL + MOVING + VIDEO + ARRAY
 FRAMES_PER_S, ENLARGED = 20, 4  # of an animation; each frame is enlarged by this factor
 MOST_IN_GRID = 10_000
@@ -40,8 +43,13 @@ def grid(images_nhw3: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 
 def png(image_hw3: np.ndarray) -> bytes:
     """The bytes of a PNG file of a uint8 image (h, w, 3)."""
+    return still(image_hw3, ".png")
+
+
+def still(image_hw3: np.ndarray, suffix: str) -> bytes:
+    """The bytes of a file of a uint8 image (h, w, 3), in one of the formats `STILL`."""
     buffer = io.BytesIO()
-    Image.fromarray(image_hw3).save(buffer, "PNG")
+    Image.fromarray(image_hw3).save(buffer, "PNG" if suffix == ".png" else "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
@@ -105,7 +113,7 @@ def save(path: Path, images_nhw3: np.ndarray, columns: int) -> None:
     if suffix in ARRAY:
         save_array(path, iter([images_nhw3]), len(images_nhw3))
         return
-    content = png(grid(images_nhw3, columns)) if suffix in STILL else animation(images_nhw3, suffix)
+    content = still(grid(images_nhw3, columns), suffix) if suffix in STILL else animation(images_nhw3, suffix)
     try:
         Storage(path.parent).write(path.name, content)
     except OSError as error:

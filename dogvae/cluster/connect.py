@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dogvae.compat import noted_cluster
+from dogvae.console import waiting
 from dogvae.errors import UsageError
 
 start_ray: Callable[..., None] | None = None
@@ -22,6 +23,11 @@ def connect(address: str | None = None, verbose: bool = False) -> str:
     this machine (`ray start`, `ray up`). Without one, Ray starts here, without a dashboard. A cluster that somebody
     else started is never joined. `verbose` lets Ray's own log through. Raises UsageError if nothing answers.
     """
+    with waiting("starting Ray"):
+        return _connect(address, verbose)
+
+
+def _connect(address: str | None, verbose: bool) -> str:
     import ray
 
     if not ray.is_initialized():

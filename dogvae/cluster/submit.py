@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dogvae.console import say, stop_signals
+from dogvae.console import say, stop_signals, waiting
 from dogvae.errors import RunFailed, UsageError
 
 SENT = "DOGVAE_SENT_TO"  # in a job's environment: the dashboard's URL by which it came
@@ -25,8 +25,15 @@ def run_job(address: str, command: Sequence[str]) -> int:
     after a checkpoint; a second one does not wait for that. Raises UsageError if the dashboard does not answer, and
     RunFailed if the connection is lost.
     """
-    client = _client(address)
-    job = client.submit_job(
+    with waiting(f"sending the command to {address}"):
+        client = _client(address)
+        job = _submit(client, address, command)
+    say(f"job {job}: it outlives this terminal; to see it again: {_logs(address, job)}")
+    return _follow(client, job, address)
+
+
+def _submit(client: Any, address: str, command: Sequence[str]) -> str:
+    job: str = client.submit_job(
         # Without a word about runs, in the home directory: a job's own folder is deleted some day.
         entrypoint=f'DOGVAE_RUNS="${{DOGVAE_RUNS:-$HOME/runs}}" python -m dogvae {shlex.join(command)}',
         runtime_env={
@@ -35,8 +42,7 @@ def run_job(address: str, command: Sequence[str]) -> int:
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_PATIENCE_S), SENT: address},
         },
     )
-    say(f"job {job}: it outlives this terminal; to see it again: {_logs(address, job)}")
-    return _follow(client, job, address)
+    return job
 
 
 def _client(address: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from dogvae import __version__
 from dogvae.commands import flags, play
 from dogvae.config import CROPS, IMAGE_SIZES
-from dogvae.console import Progress, say
+from dogvae.console import Progress, say, waiting
 from dogvae.data.manifest import read_manifest
 from dogvae.errors import UsageError
 
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         command.add_argument("export", help="folder of an exported model, such as runs/NAME/export")
         if output:
-            suffixes = ".png, .gif, .webp, .mp4 or .npy"
+            suffixes = ".png, .jpg, .gif, .webp, .mp4 or .npy"
             command.add_argument("-o", "--output", default=output, help=f"output file: {suffixes} (default: {output})")
         command.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
         return command
@@ -176,16 +176,19 @@ def _doctor(args: argparse.Namespace) -> int:
     if (status := run_there(args, [], args.argv)) is not None:
         return status
     say(connect.connect(args.address, args.verbose))
-    return 0 if doctor.show(doctor.examine(args.runs, args.data)) else 1
+    with waiting("examining every node"):
+        report = doctor.examine(args.runs, args.data)
+    return 0 if doctor.show(report) else 1
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     read_manifest(args.dataset)
-    import dogvae
-    from dogvae.data.dataset import Dataset
-    from dogvae.inference.evaluate import measure, table
+    with waiting("loading the model"):
+        import dogvae
+        from dogvae.data.dataset import Dataset
+        from dogvae.inference.evaluate import measure, table
 
-    model, dataset = dogvae.load(args.export, args.device), Dataset(args.dataset)
+        model, dataset = dogvae.load(args.export, args.device), Dataset(args.dataset)
     if args.json:
         figures = measure(model, dataset, args.samples, args.inception, lambda text, done, total: None)
         say(json.dumps(figures, indent=2))
@@ -205,13 +208,15 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _playground(args: argparse.Namespace) -> int:
-    from dogvae.inference.playground import serve
+    with waiting("loading PyTorch"):
+        from dogvae.inference.playground import serve
 
     return serve(args.export, args.device, args.host, args.port)
 
 
 def _export(args: argparse.Namespace) -> None:
-    from dogvae.training.export import export_again, is_export
+    with waiting("loading PyTorch"):
+        from dogvae.training.export import export_again, is_export
 
     folder = args.run_or_export
     if not is_export(folder):
@@ -219,9 +224,10 @@ def _export(args: argparse.Namespace) -> None:
     elif not args.onnx:
         raise UsageError(f"{folder} is an exported model already; --onnx adds encoder.onnx and decoder.onnx")
     if args.onnx:
-        from dogvae.inference.onnx import export_onnx
+        with waiting("writing encoder.onnx and decoder.onnx"):
+            from dogvae.inference.onnx import export_onnx
 
-        export_onnx(folder)
+            export_onnx(folder)
     say(folder)
 
 

@@ -18,7 +18,7 @@ from dogvae.cluster import connect, nodes
 from dogvae.commands import flags
 from dogvae.commands.remote import run_there
 from dogvae.config import FLOW, Config, FlowConfig, check
-from dogvae.console import say
+from dogvae.console import say, waiting
 from dogvae.storage import Storage
 from dogvae.training.run_folder import open_run
 
@@ -84,8 +84,9 @@ def fit_prior(args: argparse.Namespace) -> int | None:
 
     `args` come from `parse`. Raises UsageError and RunFailed.
     """
-    from dogvae.training.export import export
-    from dogvae.training.flow_run import fit_flow
+    with waiting("loading PyTorch"):
+        from dogvae.training.export import export
+        from dogvae.training.flow_run import fit_flow
 
     safety = flags.safety(args)
     run, config = open_run(args.folder)

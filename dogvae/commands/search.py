@@ -21,7 +21,7 @@ from dogvae.cluster import connect, nodes
 from dogvae.commands import flags
 from dogvae.commands.remote import run_there
 from dogvae.config import Config, check
-from dogvae.console import say
+from dogvae.console import say, waiting
 from dogvae.data.find import DEFAULT_DATA, DataChoice
 from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
@@ -90,7 +90,8 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         from tune import report
 
         found = open_search(args.runs, args.name)
-        report.write(found)
+        with waiting("drawing the report"):
+            report.write(found)
         report.show(found)
         return 0
     if args.command == "dashboard":
@@ -146,8 +147,9 @@ def search(args: argparse.Namespace) -> Ended | None:
         name = name or f"{run_folder.default_name(data)}-search"
         storage, plan = plan_new(args, name, data)
 
-    from tune.schedulers import make_scheduler  # imports Ray Tune, which takes seconds
-    from tune.search import run
+    with waiting("loading Ray Tune"):
+        from tune.schedulers import make_scheduler
+        from tune.search import run
 
     # Errors in the plan must be raised before anything is written.
     make_scheduler(plan)
@@ -245,7 +247,8 @@ def exported(found: Search, stopped: int | None) -> Ended:
     from dogvae.training.export import export
     from tune import report
 
-    report.write(found)
+    with waiting("drawing the report"):
+        report.write(found)
     try:
         run, config = best_run(found)
     except UsageError as error:

@@ -22,7 +22,7 @@ from dogvae.cluster import connect, nodes
 from dogvae.commands import flags
 from dogvae.commands.remote import run_there
 from dogvae.config import Config
-from dogvae.console import say
+from dogvae.console import say, waiting
 from dogvae.data.find import DEFAULT_DATA, DataChoice
 from dogvae.storage import Storage
 from dogvae.training import metrics, run_folder
@@ -110,7 +110,8 @@ def train(args: argparse.Namespace) -> Trained | None:
         say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
         config = config.for_data(str(dataset.path), dataset.fingerprint, dataset.size, len(dataset.train))
 
-    from dogvae.training.on_ray import launch
+    with waiting("loading Ray Train"):
+        from dogvae.training.on_ray import launch
 
     if args.from_search:
         run_folder.copy_checkpoints(source, storage)
@@ -129,7 +130,8 @@ def train(args: argparse.Namespace) -> Trained | None:
 
 
 def _exported(storage: Storage, config: Config) -> Trained:
-    from dogvae.training.export import export
+    with waiting("loading PyTorch"):
+        from dogvae.training.export import export
 
     export(storage, config)
     return Trained(storage, config)

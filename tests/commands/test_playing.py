@@ -219,7 +219,7 @@ def test_neighbours_of_samples(run: Run, place: Place) -> None:
 
 
 REFUSALS: dict[str, tuple[str, str]] = {
-    "suffix": ("sample E -o dogs.jpg", "-o: dogs.jpg must end in one of .png, .gif, .webp, .mp4, .npy"),
+    "suffix": ("sample E -o dogs.bmp", "-o: dogs.bmp must end in one of .png, .jpg, .jpeg, .gif, .webp, .mp4, .npy"),
     "missing folder": ("sample E -o nowhere/dogs.png", "-o: the folder nowhere does not exist"),
     "output is a folder": ("sample E -o folder.png", "-o: folder.png is a folder"),
     "npy in /proc": ("sample E -n 1 -o /proc/self/x.npy", "-o: /proc/self/x.npy cannot be written"),
@@ -234,7 +234,7 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "no photos": ("reconstruct E", "the following arguments are required: photos"),
     "missing photo": ("reconstruct E A nowhere.jpg", "nowhere.jpg cannot be read: No such file"),
     "text for a photo": ("reconstruct E A text.jpg", "text.jpg cannot be used"),
-    "folder for a photo": ("reconstruct E folder.png -o x.png", "folder.png cannot be read: Is a directory"),
+    "folder for a photo": ("reconstruct E folder.png -o x.png", "folder.png: there are no photos"),
     "one parent": ("litter E A", "the following arguments are required: b"),
     "missing parent": ("litter E A nowhere.jpg -o x.png", "nowhere.jpg cannot be read: No such file"),
     "no children": ("litter E A B -n 0", "-n: 0 is too small, it must be at least 1"),
