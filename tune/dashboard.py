@@ -102,15 +102,15 @@ def _usable(port: int) -> int:
 
 
 def _print_links(address: str) -> None:
-    """Print the links to TensorBoard's tabs and to Ray's dashboard, or how to open the latter."""
+    """Print the links to TensorBoard's tabs, and to Ray's dashboard if there is one."""
     say(f"settings  {address}/#hparams")
     say(f"curves    {address}/?smoothing=0&tagFilter=val/#timeseries")
     say(f"pictures  {address}/#images")
     ray = os.environ.get("RAY_DASHBOARD_ADDRESS", RAY).rstrip("/")
     status, body = _get(f"{ray}/api/version")
     token = " (it asks for a token, which `ray get-auth-token` prints)" if status in (401, 403) else ""
-    missing = "no dashboard on this machine; for the one of a cluster: ray dashboard cluster.yaml"
-    say(f"Ray       {ray}{token}" if token or b"ray_version" in body else f"Ray       {missing}")
+    if token or b"ray_version" in body:
+        say(f"Ray       {ray}{token}")
 
 
 def _get(url: str) -> tuple[int, bytes]:

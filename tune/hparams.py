@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from dogvae.storage import Storage
+from dogvae.training.tensorboard import ended, fill, hparams, serialized
 from tune.space import Space
 
-SUFFIX = ".hparams"
+SUFFIX, END_SUFFIX = ".hparams", ".ended"  # of the event files
 METRICS = {  # the tag of a curve, and its title in the table
     "val/loss": "loss",
     "val/reconstruction": "reconstruction",
     "val/kl": "KL",
     "val/explained": "explained",
-    "run/seconds": "seconds",
-    "run/images_per_s": "images/s",
+    "workings/seconds": "seconds",
+    "workings/images_per_s": "images/s",
 }
 
 
@@ -26,13 +27,16 @@ def write_hparams(run: Storage, name: str, setting: Mapping[str, Any], space: Sp
 
     `name` is the folder's name. The table shows only its number, because the settings have columns of their own.
     """
+    for file in run.names():
+        if file.endswith(END_SUFFIX):  # the trial goes on
+            run.delete(file)
     from tensorboardX.proto.api_pb2 import DataType, Experiment
     from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionStartInfo
 
     info = SessionStartInfo(group_name=name.partition("-")[0])
     experiment = Experiment()
     for parameter, domain in space.domains.items():
-        _fill(info.hparams[parameter], setting[parameter])
+        fill(info.hparams[parameter], setting[parameter])
         column = experiment.hparam_infos.add(name=parameter)
         kind = {str: "STRING", bool: "BOOL"}.get(type(domain.values[0]), "FLOAT64")
         column.type = DataType.Value(f"DATA_TYPE_{kind}")
@@ -47,37 +51,28 @@ def write_hparams(run: Storage, name: str, setting: Mapping[str, Any], space: Sp
         "_hparams_/experiment": HParamsPluginData(experiment=experiment),
         "_hparams_/session_start_info": HParamsPluginData(session_start_info=info),
     }
-    # A protobuf map has no fixed order: `deterministic` makes equal settings equal bytes.
-    _write(run, {tag: plugin.SerializeToString(deterministic=True) for tag, plugin in data.items()})
+    _write(run, SUFFIX, {tag: serialized(plugin) for tag, plugin in data.items()})
 
 
-def _fill(message: Any, value: Any) -> None:
-    if isinstance(value, bool):
-        message.bool_value = value
-    elif isinstance(value, str):
-        message.string_value = value
-    else:
-        message.number_value = float(value)
+def write_end(run: Storage, well: bool) -> None:
+    """Write an event file that says how a trial has ended, into the trial's folder `run`."""
+    _write(run, END_SUFFIX, {"_hparams_/session_end_info": ended(well)})
 
 
-def _write(storage: Storage, contents: Mapping[str, bytes]) -> None:
+def _write(storage: Storage, suffix: str, contents: Mapping[str, bytes]) -> None:
     """Write the plugin's summaries by tag as one event file. An earlier file stays if it is equal, else goes."""
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
     for file in storage.names():
-        if file.endswith(SUFFIX):
+        if file.endswith(suffix):
             written = storage.read(file)
             if all(content in written for content in contents.values()):
                 return
             storage.delete(file)  # PBT has changed the settings
     with tempfile.TemporaryDirectory() as folder:
-        writer = EventsWriter(f"{folder}/events", SUFFIX)
-        for tag, content in contents.items():
-            plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=content)
-            value = Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))
-            writer.write_event(Event(summary=Summary(value=[value])))
+        writer = EventsWriter(f"{folder}/events", suffix)
+        writer.write_event(Event(summary=hparams(contents)))
         writer.close()
         (path,) = Path(folder).iterdir()
         storage.write(path.name, path.read_bytes())

@@ -11,9 +11,10 @@ from ray import tune
 
 from dogvae.storage import Storage
 from dogvae.training.events import in_background, start_events
+from tune.hparams import write_end
 from tune.live import SearchProgress
 from tune.schedulers import make_scheduler
-from tune.search_folder import Entry, SearchPlan, save_trials
+from tune.search_folder import FOLDER, Entry, SearchPlan, save_trials
 from tune.searcher import NumberedOptunaSearch, random_trials
 from tune.trial import SharedByTrials, run_trial
 
@@ -107,6 +108,8 @@ class _ProgressCallback(tune.Callback):
         entries[entry.number] = after
         if after != before:
             save_trials(self._storage, [entries[number] for number in sorted(entries)])
+            if after.state in ("done", "stopped", "failed"):
+                write_end(self._storage / f"{FOLDER}/{after.name}", after.state != "failed")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         entry = self._entry(trial)

@@ -139,17 +139,18 @@ def _exported(storage: Storage, config: Config) -> Trained:
 
 def finish(storage: Storage, config: Config, logdir: str) -> None:
     """Print the best epoch, where everything is and what to type next."""
+    from dogvae.training.advice import advice_of
     from dogvae.training.export import FOLDER
 
     folder = (storage / FOLDER).uri
-    records = metrics.read(storage)
-    best = metrics.best(records)
+    best = metrics.best(metrics.read(storage))
     if best:
         say(f"\nthe best    epoch {best['epoch'] + 1}: {metrics.describe(best)} (0: the mean image, 1: perfect)")
-    if metrics.still_improving(records):
-        say(f"            it was still improving: more epochs help, such as --epochs {2 * config.epochs}")
+    if (advice := advice_of(storage, config)) is not None:
+        say(f"advice      {advice}")
     say(f"""\
 the run     {storage.uri}
+results     {storage.uri_of(metrics.RESULTS)}
 the model   {folder}
 next        tensorboard --logdir {shlex.quote(logdir)}
             dogvae sample {shlex.quote(folder)} -n 64 -o samples.png

@@ -80,7 +80,10 @@ class _Run:
                 observer.note(f"going on in epoch {self.meta['epoch'] + 1} after step {done}, with {workers}")
         if self.meta["mean_error"] is None:
             self.meta["mean_error"] = self._baseline()
-        self.recorder = metrics.Recorder(storage, self.meta["records"], observer.note) if self.rank == 0 else None
+        self.recorder = None
+        if self.rank == 0:
+            shown = None if observer.wants_saved else config  # a search reports on its trials itself
+            self.recorder = metrics.Recorder(storage, self.meta["records"], observer.note, shown)
         self.saved_at = self.asked_at = time.monotonic()
         self.node_leaves = False  # then there is a checkpoint after every step
 
@@ -120,7 +123,7 @@ class _Run:
             return True
         finally:
             if self.recorder:
-                self.recorder.close()
+                self.recorder.close(ended=self.meta["epoch"] >= self.config.epochs)
 
     def _epoch(self) -> dict[str, Any] | None:
         """Train, validate and save the rest of the current epoch. Returns its record, or None if it was stopped."""

@@ -1,25 +1,27 @@
-"""The metrics of a run: metrics.jsonl, with a line for each epoch, and TensorBoard events. Only rank 0 writes them."""
+"""The metrics of a run: metrics.jsonl, with a line for each epoch, and the thread that writes it on rank 0.
+
+The thread also writes TensorBoard's file and results.png.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dogvae.config import Config
 from dogvae.console import warn
 from dogvae.storage import Storage
+from dogvae.training.tensorboard import EventFile
 
-FILE = "metrics.jsonl"
+FILE, RESULTS = "metrics.jsonl", "results.png"
 LEAST_GAIN = 0.03  # of a run that is still improving
+DRAWING = 0.02  # share of the time in which results.png may be drawn
 CLOSE_S = 30.0  # how long a run waits at its end for the last write
 
 
@@ -75,26 +77,28 @@ def json_ready(record: dict[str, Any]) -> dict[str, Any]:
 class Recorder:
     """Writes a record for each epoch, after the given `records` of earlier epochs. Later lines in the file are dropped.
 
-    Writing happens in the background, so that slow or failing storage does not delay training. A failure is noted, and
-    the next epoch writes all lines again.
+    With a `config`, it also writes the settings for TensorBoard, and keeps results.png up to date. Writing happens in
+    the background, so that slow or failing storage does not delay training. A failure is noted, and the next epoch
+    writes all lines again.
     """
 
-    def __init__(self, storage: Storage, records: Sequence[dict[str, Any]], note: Callable[[str], None] = warn) -> None:
-        # Not SummaryWriter: its thread decides when to write, so a kill could lose the last epochs.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
-
-        self._storage, self._note = storage, note
+    def __init__(
+        self,
+        storage: Storage,
+        records: Sequence[dict[str, Any]],
+        note: Callable[[str], None] = warn,
+        config: Config | None = None,
+    ) -> None:
+        self._storage, self._note, self._config = storage, note, config
         self._records = list(records)
         self._thread = ThreadPoolExecutor(1)
         self._behind = False  # whether the file lacks lines
-        # TensorBoard needs a local folder. For an object store, its files are uploaded after each epoch.
-        self._folder = storage.local or Path(tempfile.mkdtemp(prefix="dogvae-events-"))
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._events = EventsWriter(str(self._folder / "events"), f".{uuid.uuid4().hex[:8]}")
-        # This event makes TensorBoard drop what earlier files say about these epochs.
+        self._undrawn: tuple[list[dict[str, Any]], dict[str, np.ndarray]] | None = None  # what results.png lacks
+        self._draw_again = 0.0  # the time from which on results.png may be drawn again
         first = min(len(self._records), len(read(storage)))
-        self._event(first, session_log=SessionLog(status=SessionLog.START))
+        self._events = EventFile(storage, first)
+        if config is not None:
+            self._events.begin({k: v for k, v in config.flat().items() if k not in ("data", "fingerprint")})
         for known in self._records[first:]:  # a kill came after their checkpoint and before their line
             self._thread.submit(self._write, self._records[:], known, {})
 
@@ -104,23 +108,16 @@ class Recorder:
         self._thread.submit(self._write, list(self._records), record, pictures)
 
     def _write(self, records: list[dict[str, Any]], record: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
-        from tensorboardX import summary
-
-        epoch = record["epoch"]
         try:
-            for name, value in record.items():
-                if name != "epoch" and value is not None:
-                    group, _, rest = name.partition("_")
-                    tag = f"{group}/{rest}" if group in ("train", "val") else f"run/{name}"
-                    self._event(epoch, summary=summary.scalar(tag, value))
-            for name, picture in pictures.items():
-                self._event(epoch, summary=summary.image(name, picture))
+            self._events.record(record, pictures)
             self._write_lines(records)
-            self._events.flush()
-            self._upload()
         except OSError as error:
             self._behind = True
-            self._note(f"the metrics of epoch {epoch + 1} could not be written ({error}): trying again later")
+            self._note(f"the metrics of epoch {record['epoch'] + 1} could not be written ({error}): trying again later")
+        if pictures and self._config is not None:
+            self._undrawn = records, pictures
+        if time.monotonic() >= self._draw_again:
+            self._draw()
 
     def wait(self) -> None:
         """Wait until all recorded epochs have been written, or the attempt has failed."""
@@ -130,18 +127,34 @@ class Recorder:
         self._storage.write(FILE, "".join(json.dumps(r) + "\n" for r in records).encode())
         self._behind = False
 
+    def _draw(self) -> None:
+        if self._undrawn is None:
+            return
+        from dogvae.training import results  # late: most processes that read metrics draw nothing
+
+        began = time.monotonic()
+        name = self._storage.uri.partition("?")[0].rpartition("/")[2]
+        try:
+            self._storage.write(RESULTS, results.draw(name, *self._undrawn))
+        except OSError as error:
+            self._note(f"{RESULTS} could not be written ({error})")
+        self._undrawn = None
+        now = time.monotonic()
+        self._draw_again = now + (now - began) / DRAWING
+
     def _catch_up(self) -> None:
+        self._draw()
         if self._behind:
             try:
                 self._write_lines(self._records)
             except OSError as error:
                 self._note(f"the last lines of {FILE} are missing ({error}): a resumed run writes them")
 
-    def close(self) -> None:
+    def close(self, ended: bool = False) -> None:
         """Write what is left to write, and delete the local folder of an object store.
 
-        Storage that hangs is given up after CLOSE_S seconds: the checkpoint holds all records, so a resumed run can
-        write the missing lines.
+        `ended` says that the run has done all its epochs. Storage that hangs is given up after CLOSE_S seconds: the
+        checkpoint holds all records, so a resumed run can write the missing lines.
         """
         try:
             self._thread.submit(self._catch_up).result(CLOSE_S)
@@ -151,19 +164,9 @@ class Recorder:
             return
         self._thread.shutdown()
         try:
+            if ended and self._config is not None:
+                self._events.end()
             self._events.close()
-            self._upload()
         except OSError as error:
             self._note(f"TensorBoard's file could not be finished ({error})")
-        if self._storage.local is None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _event(self, epoch: int, **what: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
-        self._events.write_event(Event(wall_time=time.time(), step=epoch, **what))
-
-    def _upload(self) -> None:
-        if self._storage.local is None:
-            for path in self._folder.iterdir():
-                self._storage.write(path.name, path.read_bytes())
+        self._events.delete_copy()

@@ -122,6 +122,6 @@ class VAETask:
         return {"explained": explained, **figures, "loss_per_pixel": figures["loss"] / np.prod(split.image_shape)}
 
     def pictures(self, network: nn.Module, dataset: Dataset, device: torch.device) -> dict[str, np.ndarray]:
-        """Reconstructions of validation photos, samples from N(0, I), and a walk."""
+        """Those of `preview_sheets`."""
         assert isinstance(network, VAE)
-        return preview_sheets(network, dataset.val.gather(np.arange(min(8, len(dataset.val)))), device)
+        return preview_sheets(network, dataset, device)

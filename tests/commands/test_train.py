@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dogvae
@@ -70,8 +71,10 @@ def test_run_folder_has_metrics_curves_pictures_and_checkpoints(trained: Path) -
     assert lines[1]["seconds"] > lines[0]["seconds"]
     board = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0}).Reload()
     assert [e.value for e in board.Scalars("val/loss")] == pytest.approx([r["val_loss"] for r in lines])
-    for picture in ("reconstructions", "samples", "walk"):
-        assert [e.step for e in board.Images(picture)] == [0, 1]
+    for picture in ("reconstructions", "samples, fitted prior", "samples, N(0, I)", "walk"):
+        assert [e.step for e in board.Images(picture)] == [1, 2]
+    with Image.open(run / "results.png") as page:
+        assert page.width == 1400
     assert len(list((run / "checkpoints").glob("step-*.safetensors"))) == 2
 
 

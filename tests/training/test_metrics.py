@@ -13,17 +13,22 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from dogvae.config import Config
 from dogvae.storage import Storage
+from dogvae.training import results
 from dogvae.training.metrics import Recorder, describe, json_ready, read, still_improving
+from dogvae.training.previews import NORMAL
 from tests.support.storage import UnreliableStorage
 
 TAGS = {
-    "run/step": "step",
+    "workings/step": "step",
     "train/loss": "train_loss",
     "val/loss": "val_loss",
-    "val/active_latents": "val_active_latents",
-    "run/lr": "lr",
+    "workings/val_active_latents": "val_active_latents",
+    "workings/lr": "lr",
 }
 
 
@@ -39,6 +44,12 @@ def record(epoch: int, run: int = 0) -> dict[str, Any]:
     }
 
 
+def validated(epoch: int) -> dict[str, Any]:
+    """The record of an epoch of a VAE, with the numbers that results.png shows."""
+    names = ("loss", "reconstruction", "kl", "explained", "psnr")
+    return {"epoch": epoch, "train_loss": 9.0 - epoch, "train_kl": 1.0, **{f"val_{n}": 8.0 - epoch for n in names}}
+
+
 def picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (3, 12, 20), np.uint8)
 
@@ -49,13 +60,13 @@ def check_tensorboard(folder: Path, records: list[dict[str, Any]], pictures: dic
     assert set(events.Tags()["scalars"]) == set(TAGS)
     for tag, name in TAGS.items():
         got = [(event.step, event.value) for event in events.Scalars(tag)]
-        assert got == [(r["epoch"], pytest.approx(r[name], rel=1e-6)) for r in records]
-    assert events.Tags()["images"] == ["samples"] * bool(pictures)
-    images = events.Images("samples") if pictures else []
-    assert [image.step for image in images] == list(pictures)
+        assert got == [(r["epoch"] + 1, pytest.approx(r[name], rel=1e-6)) for r in records]
+    assert events.Tags()["images"] == [NORMAL] * bool(pictures)
+    images = events.Images(NORMAL) if pictures else []
+    assert [image.step for image in images] == [epoch + 1 for epoch in pictures]
     for image in images:
         pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
-        assert np.array_equal(pixels, picture(pictures[image.step]).transpose(1, 2, 0))
+        assert np.array_equal(pixels, picture(pictures[image.step - 1]).transpose(1, 2, 0))
 
 
 def next_second() -> None:
@@ -76,7 +87,7 @@ def test_every_epoch_is_at_once_in_metrics_jsonl_and_tensorboard(tmp_path: Path)
     assert read(Storage(tmp_path)) == []
     recorder = Recorder(Storage(tmp_path), [])
     for epoch in range(3):
-        recorder.record(record(epoch), {"samples": picture(epoch)} if epoch != 1 else {})
+        recorder.record(record(epoch), {NORMAL: picture(epoch)} if epoch != 1 else {})
         recorder.wait()
         expected = [record(e) for e in range(epoch + 1)]
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -121,13 +132,13 @@ def test_resumed_runs_replace_the_epochs_that_have_no_checkpoint(tmp_path: Path)
     """A run is killed after epoch 3 and resumed from a checkpoint of epoch 1; then again from one of epoch 2."""
     killed = Recorder(Storage(tmp_path), [])
     for epoch in range(4):
-        killed.record(record(epoch), {"samples": picture(epoch)})
+        killed.record(record(epoch), {NORMAL: picture(epoch)})
     killed.wait()
     for run, first in ((1, 2), (2, 3)):
         next_second()
         resumed = Recorder(Storage(tmp_path), read(Storage(tmp_path))[:first])
         for epoch in range(first, 5):
-            resumed.record(record(epoch, run), {"samples": picture(100 * run + epoch)})
+            resumed.record(record(epoch, run), {NORMAL: picture(100 * run + epoch)})
         resumed.close()
     expected = [record(0), record(1), record(2, run=1), record(3, run=2), record(4, run=2)]
     assert read(Storage(tmp_path)) == expected
@@ -152,6 +163,45 @@ def test_resume_within_the_same_second_keeps_the_first_event_file(tmp_path: Path
         recorder.record(record(epoch), {})
         recorder.close()
     assert len(list(tmp_path.glob("events.*"))) == 2
+
+
+def test_settings_and_the_end_of_a_run_are_in_tensorboard(tmp_path: Path) -> None:
+    """Only the HParams of a run that has done all its epochs have the status SUCCESS; a resumed run has them once."""
+    config = Config.make(lr=0.25)
+    for ended in (False, True):
+        recorder = Recorder(Storage(tmp_path), read(Storage(tmp_path)), config=config)
+        recorder.record({**validated(len(read(Storage(tmp_path)))), "lr": 0.25}, {})
+        recorder.close(ended)
+        events = EventAccumulator(str(tmp_path)).Reload()
+        text = events.Tensors("settings/text_summary")[-1].tensor_proto.string_val[0].decode()
+        assert json.loads(text.strip("`\n"))["lr"] == 0.25
+        plugin = HParamsPluginData.FromString(
+            events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        )
+        assert plugin.session_start_info.hparams["lr"].number_value == 0.25
+        if not ended:
+            with pytest.raises(KeyError):
+                events.SummaryMetadata("_hparams_/session_end_info")
+            next_second()
+    end = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_end_info").plugin_data.content)
+    assert end.session_end_info.status == Status.Value("STATUS_SUCCESS")
+
+
+def test_results_png_is_drawn_at_once_and_at_the_end_but_seldom_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    draw = results.draw
+    monkeypatch.setattr(results, "draw", lambda *args: drawn.append(len(args[1])) or draw(*args))
+    recorder = Recorder(Storage(tmp_path), [], config=Config.make())
+    for epoch in range(4):
+        recorder.record(validated(epoch), {NORMAL: picture(epoch)} if epoch != 2 else {})
+        recorder.wait()
+    assert drawn == [1]
+    recorder.close()
+    assert drawn == [1, 4]
+    Recorder(Storage(tmp_path / "trial"), []).close()
+    assert not (tmp_path / "trial/results.png").exists()
 
 
 def test_slow_storage_does_not_delay_training(tmp_path: Path) -> None:
