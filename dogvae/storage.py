@@ -92,6 +92,11 @@ class Storage:
         selector = pafs.FileSelector(f"{self._root}/{folder}".rstrip("/"), allow_not_found=True)
         return sorted(f.base_name for f in self._fs.get_file_info(selector) if f.is_file)
 
+    def folders(self) -> list[str]:
+        """The sorted names of the folders directly in this one; an empty list if it does not exist."""
+        selector = pafs.FileSelector(self._root, allow_not_found=True)
+        return sorted(f.base_name for f in self._fs.get_file_info(selector) if f.type == pafs.FileType.Directory)
+
     def exists(self, name: str) -> bool:
         """Whether the file or folder `name` exists."""
         return self._fs.get_file_info(f"{self._root}/{name}").type != pafs.FileType.NotFound

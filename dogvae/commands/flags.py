@@ -46,7 +46,7 @@ def training_parser(prog: str, description: str | None) -> Parser:
     )
     add_runs(run)
     run.add_argument("--name", help="the run's name (default: made of the data's name and the time)")
-    run.add_argument("--resume", action="store_true", help="resume the run called --name")
+    add_resume(run, "run")
     run.add_argument(
         "--from-search",
         metavar="SEARCH",
@@ -115,6 +115,22 @@ def add_safety(top: argparse.ArgumentParser) -> None:
     add_node_patience(safety)
 
 
+def add_resume(parser: Any, what: str) -> None:
+    """Add `--resume`; `resumed_name` reads it."""
+    parser.add_argument(
+        "--resume", nargs="?", const=True, default=False, metavar="NAME",
+        help=f"go on with the {what} NAME, or that of --name, or else the newest of these data",
+    )  # fmt: skip
+
+
+def resumed_name(args: argparse.Namespace) -> None:
+    """Make of `--resume NAME` what `--name NAME --resume` is. Raises UsageError for two names."""
+    if isinstance(args.resume, str):
+        if args.name not in (None, args.resume):
+            raise UsageError(f"--resume {args.resume}: --name {args.name} is another name; leave one of them out")
+        args.name, args.resume = args.resume, True
+
+
 def default_runs() -> str:
     """The default of `--runs`. On a cluster, $DOGVAE_RUNS names the storage that its nodes share."""
     return os.environ.get("DOGVAE_RUNS") or "runs"
@@ -174,11 +190,11 @@ def check_training(args: argparse.Namespace) -> None:
         check("val_fraction", args.val_fraction, float, {"above": 0, "high": 0.9})
     if args.crop is not None:
         check("crop", args.crop, str, {"choices": CROPS})
-    if args.from_search and (args.resume or args.data):
-        raise UsageError("--from-search: it starts a new run on the data of the search; leave out --resume and --data")
-    if (args.resume or args.from_search) and (args.val_fraction is not None or args.crop is not None):
-        flag = "--resume" if args.resume else "--from-search"
-        raise UsageError(f"{flag}: its data are prepared already; leave out --val-fraction and --crop")
+    resumed_name(args)
+    if args.from_search and args.data:
+        raise UsageError("--from-search: it starts a new run on the data of the search; leave out --data")
+    if args.from_search and (args.val_fraction is not None or args.crop is not None):
+        raise UsageError("--from-search: its data are prepared already; leave out --val-fraction and --crop")
 
 
 def span(text: str) -> int | tuple[int, int]:

@@ -31,6 +31,7 @@ from tune.search_folder import ABOUT, FOLDER, LIMITS, Entry, Search, SearchPlan,
 from tune.space import DEFAULT, Space, parse_fixed
 
 PROG = "python -m tune"
+ENDING = "-search"  # of the name of a search that was begun without --name
 
 
 def parser(prog: str) -> flags.Parser:
@@ -42,7 +43,7 @@ def parser(prog: str) -> flags.Parser:
         "--data", help="photos or a prepared dataset, as for train_distributed.py (default: portraits:2000)"
     )
     search.add_argument("--name", help="the search's name (default: from the data and the time)")
-    search.add_argument("--resume", metavar="NAME", help="continue the search NAME; --trials may be raised")
+    flags.add_resume(search, "search")
     search.add_argument("--trials", type=int, help="number of trials (default: 12)")
     search.add_argument("--epochs", type=int, help="maximum epochs of a trial (default: the preset's)")
     search.add_argument(
@@ -107,7 +108,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     finish(ended, name, where)
     if ended.stopped is None:
         return 0
-    say(f"stopped; to go on: python -m tune search{flags.sent()} --resume {name}{where}")
+    say(f"stopped; to go on: {prog} search{flags.sent()} --resume {name}{where}")
     return 128 + ended.stopped if ended.stopped else 0
 
 
@@ -134,17 +135,19 @@ def search(args: argparse.Namespace) -> Ended | None:
 
     `args` come from `parse`. Raises UsageError, and RunFailed if all trials have failed.
     """
-    name, data = args.resume or args.name, args.data or DEFAULT_DATA
+    name, data = args.name, args.data or DEFAULT_DATA
     known: list[Entry] = []
-    if args.resume is not None:
+    if args.resume:
+        name = name or run_folder.newest(args.runs, data, ENDING, ABOUT)
         old = open_search(args.runs, name)
         storage, plan = old.storage, SearchPlan.from_dict(old.about, old.storage.uri)
+        check_same(args, plan)
         known = [resumed_entry(storage, plan, trial) for trial in old.trials]
         if args.trials is not None and args.trials < plan.trials:
             raise UsageError(f"--trials: this search has {plan.trials} trials already, and {args.trials} are fewer")
         plan = replace(plan, trials=args.trials or plan.trials)
     else:
-        name = name or f"{run_folder.default_name(data)}-search"
+        name = name or f"{run_folder.default_name(data)}{ENDING}"
         storage, plan = plan_new(args, name, data)
 
     with waiting("loading Ray Tune"):
@@ -156,7 +159,7 @@ def search(args: argparse.Namespace) -> Ended | None:
     if plan.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--searcher optuna: Optuna is not installed; type pip install optuna")
     say(connect.connect(args.address, args.verbose))
-    if args.resume is None and args.gpus_per_trial is None:
+    if not args.resume and args.gpus_per_trial is None:
         plan = replace(plan, gpus=float(nodes.has_gpus()))
     at_once = nodes.most_slots(plan.cpus, plan.gpus) // plan.workers
     if at_once < 1:
@@ -169,7 +172,7 @@ def search(args: argparse.Namespace) -> Ended | None:
         say(f"{plan.to_json()}{at_once} at once; the first settings:\n" + "\n".join(map(str, shown)))
         return None
     nodes.wait_for_nodes(nodes.Workers(plan.workers, plan.gpus > 0, plan.cpus), args.node_patience)
-    if args.resume is None:
+    if not args.resume:
         dataset = DataChoice(data).open(args.runs)
         say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
         filled = plan.config.for_data(str(dataset.path), dataset.fingerprint, dataset.size, len(dataset.train))
@@ -230,12 +233,27 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--scheduler pbt: it chooses the settings itself; leave out --searcher optuna")
     if args.scheduler == "pbt" and (args.workers_per_trial or 1) > 1:
         raise UsageError("--scheduler pbt: its trials have one worker each; leave out --workers-per-trial")
-    if args.resume is not None:
-        kept = ("data", "name", "epochs", "searcher", "scheduler", "seed", "gpus_per_trial", "cpus_per_trial")
-        for name in (*kept, "workers_per_trial", "search", "fixed"):
-            if getattr(args, name) not in (None, []):
-                flag = "--set" if name == "fixed" else "--" + name.replace("_", "-")
-                raise UsageError(f"{flag}: a resumed search keeps its settings; leave this flag out")
+    flags.resumed_name(args)
+
+
+def check_same(args: argparse.Namespace, plan: SearchPlan) -> None:
+    """UsageError for a flag that differs from what the resumed search began with."""
+    fixed = parse_fixed(args.fixed)
+    has = plan.config.flat()
+    pairs = [("--set " + name, value, has[name]) for name, value in fixed.items()]
+    pairs += [("--epochs", args.epochs, plan.config.epochs), ("--seed", args.seed, plan.seed)]
+    pairs += [("--searcher", args.searcher, plan.searcher), ("--scheduler", args.scheduler, plan.scheduler)]
+    for name in ("gpus", "cpus", "workers"):
+        pairs.append((f"--{name}-per-trial", getattr(args, f"{name}_per_trial"), getattr(plan, name)))
+    if args.search:
+        pairs.append(("--search", Space.parse(args.search, fixed), plan.space))
+    for flag, typed, kept in pairs:
+        chosen = typed == 0 and flag in ("--epochs", "--set batch_size")  # 0 had the search choose
+        if typed is not None and typed != kept and not chosen:
+            told = "" if flag == "--search" else f": this search has {kept}, not {typed}"
+            raise UsageError(f"{flag}{told or ': this search has other domains'}; a resumed search keeps its settings")
+    if args.data is not None:
+        DataChoice(args.data).resumed(plan.config.data, plan.config.fingerprint)
 
 
 def exported(found: Search, stopped: int | None) -> Ended:

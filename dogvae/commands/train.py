@@ -55,6 +55,8 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
         prior = f" --prior {args.prior}" if args.prior != flags.PRIORS[0] else ""
         where = f"{flags.sent()} --runs {shlex.quote(args.runs)} --name {run_folder.runs_and_name(ended.storage)[1]}"
         say(f"stopped; to go on: {flags.typed(prog)}{where} --resume{prior}")
+        if metrics.best(metrics.read(ended.storage)):
+            say(f"to use the best so far: dogvae export {shlex.quote(ended.storage.uri)}")
         return 128 + ended.signum
     finish(ended.storage, ended.config, args.runs)
     return 0
@@ -85,7 +87,8 @@ def train(args: argparse.Namespace) -> Trained | None:
     settings = _settings(args)
     choice = DataChoice(args.data or DEFAULT_DATA, settings.get("image_size"), args.crop, args.val_fraction)
     if args.resume:
-        storage, config = run_folder.open_old(args.runs, args.name, settings, args.data)
+        name = args.name or run_folder.newest(args.runs, args.from_search or choice.data)
+        storage, config = run_folder.open_old(args.runs, name, settings, args.data, args.crop, args.val_fraction)
         if run_folder.is_finished(storage, config):
             say(f"{storage.uri} has finished its {config.epochs} epochs; for more, add --epochs {2 * config.epochs}")
             if args.prior == "gaussian":
@@ -113,7 +116,7 @@ def train(args: argparse.Namespace) -> Trained | None:
     with waiting("loading Ray Train"):
         from dogvae.training.on_ray import launch
 
-    if args.from_search:
+    if args.from_search and not args.resume:
         run_folder.copy_checkpoints(source, storage)
     run_folder.save_config(storage, config)
     say(f"{storage.uri}: {config.epochs} epochs on {workers}")

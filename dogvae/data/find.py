@@ -36,14 +36,35 @@ class DataChoice:
         if not self._is_prepared:
             open_source(self.data, self.crop or CROPS[0])
             return
-        settings = read_manifest(self.data)["settings"]
+        self._check_settings(self.data)
+
+    def _check_settings(self, prepared: str) -> None:
+        settings = read_manifest(prepared)["settings"]
         for flag, name, value in (
             ("--image-size", "size", self.image_size),
             ("--crop", "crop", self.crop),
             ("--val-fraction", "val_fraction", self.val_fraction),
         ):
             if value is not None and value != (has := settings[name]):
-                raise UsageError(f"{flag}: {self.data} was prepared with {has}; prepare the photos again for {value}")
+                raise UsageError(f"{flag}: {prepared} was prepared with {has}; prepare the photos again for {value}")
+
+    def resumed(self, prepared: str, fingerprint: str) -> str:
+        """Where the data of a run are that began with the dataset `prepared`: a copy of it may have another place.
+
+        Photos must be those that the dataset was made of. Raises UsageError if this choice is other data.
+        """
+        self._check_settings(self.data if self._is_prepared else prepared)
+        if self._is_prepared:
+            read_manifest(self.data, fingerprint)
+            return absolute(self.data)
+        manifest = read_manifest(prepared)
+        source = open_source(self.data, manifest["settings"].get("crop", CROPS[0]))
+        if source.signature() != manifest["source"].get("signature"):
+            raise UsageError(
+                f"--data: {self.data} is not what this run was trained on, or has changed; without --data it goes on "
+                f"with {prepared}"
+            )
+        return prepared
 
     def open(self, runs: str) -> Dataset:
         """Open the dataset. Photos are prepared once, into a cache in the folder `runs`, or on this node for a URI."""

@@ -8,14 +8,14 @@ import time
 from typing import Any
 
 from dogvae.config import Config
-from dogvae.data.find import absolute
-from dogvae.data.manifest import read_manifest
+from dogvae.data.find import DataChoice
 from dogvae.errors import UsageError
 from dogvae.storage import Storage, is_uri
 from dogvae.training import metrics
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+TIME = len("YYYYMMDD-HHMMSS")  # at the end of a default name
 
 
 def default_name(data: str) -> str:
@@ -51,22 +51,37 @@ def open_new(runs: str, name: str) -> Storage:
     return storage
 
 
-def open_old(runs: str, name: str | None, settings: dict[str, Any], data: str | None) -> tuple[Storage, Config]:
-    """The storage and the config of a run to resume.
+def newest(runs: str, data: str, ending: str = "", file: str = CONFIG) -> str:
+    """The name of the newest run (or search) of these data that was begun without --name. UsageError if there is none.
+
+    `ending` follows the time in its name, and its folder has the file `file`.
+    """
+    name = re.compile(re.escape(default_name(data)[:-TIME]) + r"\d{8}-\d{6}" + re.escape(ending))
+    storage = Storage(runs)
+    found = [folder for folder in storage.folders() if name.fullmatch(folder) and storage.exists(f"{folder}/{file}")]
+    if not found:
+        raise UsageError("--resume: give the name of the run with --name; none was begun here without one")
+    return max(found)
+
+
+def open_old(
+    runs: str, name: str, settings: dict[str, Any], data: str | None, crop: str | None = None, val: float | None = None
+) -> tuple[Storage, Config]:
+    """The storage and the config of a run to resume; `val` is --val-fraction.
 
     Only `epochs`, and the path of the same data, may change. A UsageError names any other setting that differs.
     """
-    if name is None:
-        raise UsageError("--resume: give the name of the run with --name")
     storage = Storage(runs) / check_name(name)
     try:
         config = Config.from_json(storage.read(CONFIG).decode(), f"{storage.uri}/{CONFIG}")
     except FileNotFoundError as error:
         raise UsageError(f"--resume: there is no run {storage.uri}; leave --resume out to start it") from error
+    # 0 had the run choose: it keeps what it chose.
+    settings = {k: v for k, v in settings.items() if v != 0 or k not in ("epochs", "batch_size")}
     check_kept(config, settings)
-    if data is not None:
-        settings = {**settings, "data": absolute(data)}
-        read_manifest(data, config.fingerprint)
+    if data is not None or crop is not None or val is not None:
+        choice = DataChoice(data or config.data, None, crop, val)
+        settings = {**settings, "data": choice.resumed(config.data, config.fingerprint)}
     return storage, config.replace(**settings)
 
 

@@ -81,8 +81,7 @@ def test_error_of_the_parser_is_one_line(argv: str, words: str) -> None:
         ("--val-fraction 0.95", "--val-fraction"),
         ("--val-fraction nan", "--val-fraction"),
         ("--crop square", "--crop"),
-        ("--resume --name a --crop box", "--resume"),
-        ("--resume --name a --val-fraction 0.1", "--resume"),
+        ("--from-search a --crop box", "--from-search"),
     ],
 )
 def test_flags_out_of_range_or_contradicting_are_refused(argv: str, words: str) -> None:

@@ -100,7 +100,9 @@ def test_console_prints_plain_lines(trained: Path) -> None:
     assert [line.split()[2] for line in lines] == ["1/2", "2/2"]
     assert all("reconstruction" in line and "images/s" in line and "left" in line for line in lines)
     assert re.search(
-        r"the best    epoch [12]: loss .* \(0: the mean image, 1: perfect\)\nthe run     /.*/runs/one\n", stdout
+        r"the best    epoch [12]: loss .* \(0: the mean image, 1: perfect\)\nadvice      \S.*\n"
+        r"the run     /.*/runs/one\nresults     /.*/runs/one/results.png\n",
+        stdout,
     )
     assert "dogvae sample" in stdout
     assert "\x1b" not in stdout

@@ -127,15 +127,16 @@ def test_missing_optuna_is_a_mistake(typed: str, shell: Shell, monkeypatch: pyte
 @pytest.mark.parametrize(
     "typed",
     [
-        *("--data drawn:60", "--name other", "--epochs 9", "--searcher optuna", "--scheduler none", "--seed 0"),
+        *("--name other", "--epochs 9", "--searcher optuna", "--scheduler none", "--seed 0"),
         *("--search beta=uniform(0,4)", "--set width=8"),
-        *("--gpus-per-trial 0", "--cpus-per-trial 2", "--workers-per-trial 2"),
+        *("--gpus-per-trial 1", "--cpus-per-trial 2", "--workers-per-trial 2"),
     ],
 )
 def test_resumed_search_refuses_other_settings(typed: str, shell: Shell) -> None:
     write_search(shell.runs, [Spec(setting())])
     told = shell.mistake("search", "--resume", "dogs", *typed.split())
-    assert told == f"error: {typed.split()[0]}: a resumed search keeps its settings; leave this flag out"
+    assert re.match(rf"error: .*{typed.partition('=')[0].split()[0]}", told)
+    assert re.search("this search has .*; a resumed search keeps its settings|is another name", told)
 
 
 @pytest.mark.parametrize("argv", [["search", "--resume"], ["report"], ["dashboard"]], ids=" ".join)
@@ -309,7 +310,7 @@ def test_trial_without_its_last_epoch_or_checkpoint_goes_on(
     ("typed", "words"),
     [
         ("--from-search nobody", ["no search called nobody", "dogs"]),
-        ("--from-search dogs --data drawn:60", ["--from-search", "leave out --resume and --data"]),
+        ("--from-search dogs --data drawn:60", ["--from-search", "leave out --data"]),
         ("--from-search dogs --crop box", ["--from-search", "leave out --val-fraction and --crop"]),
         ("--from-search dogs --lr 0.5", ["--lr", "0.002", "0.5"]),
         ("--from-search dogs --latent-dim 8", ["--latent-dim", "32", "8"]),
