@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from dogvae.console import Progress, say, waiting
 from dogvae.data.manifest import read_manifest
 from dogvae.errors import UsageError
 
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+PHOTOS = "files, folders, or patterns such as 'photos/*.jpg'"
 DATASET = "a dataset that `dogvae prepare` made: a folder, or a URI such as s3://"
 
 
@@ -38,10 +42,18 @@ def parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("out", help="the folder of the new dataset, or a URI such as s3://")
     prepare.add_argument(
-        "--size", type=int, default=64, help=f"side of the images in pixels, one of {IMAGE_SIZES} (default: 64)"
+        "--image-size",
+        "--size",
+        dest="size",
+        type=int,
+        default=64,
+        help=f"side of the images in pixels, one of {IMAGE_SIZES} (default: 64)",
     )
     prepare.add_argument(
-        "--crop", default="center", help=f"one of {CROPS}; box cuts out annotated dogs (default: center)"
+        "--crop",
+        default="center",
+        metavar="{" + ",".join(CROPS) + "}",
+        help="box cuts out annotated dogs (default: center)",
     )
     prepare.add_argument(
         "--val-fraction", type=float, default=0.05, help="share of the photos held out for validation (default: 0.05)"
@@ -70,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--temperature", type=float, default=1.0, help="below 1: more average dogs (default: 1)")
         command.add_argument(
             "--prior",
+            metavar="{flow,gaussian,normal}",
             help="flow, if the model has one; gaussian, fitted to the training photos; or normal, N(0, I) "
             "(default: the first of these that the model has)",
         )
@@ -82,7 +95,10 @@ def parser() -> argparse.ArgumentParser:
     def add_path(command: argparse.ArgumentParser) -> None:
         command.add_argument("--steps", type=int, default=32, help="pictures from one photo to the next (default: 32)")
         command.add_argument(
-            "--method", default="linear", help="interpolation of latents: linear or spherical (default: linear)"
+            "--method",
+            default="linear",
+            metavar="{linear,spherical}",
+            help="interpolation of latents (default: linear)",
         )
 
     sample = add_playing("sample", play.sample, "draw new dogs", "samples.png")
@@ -91,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     reconstruct = add_playing(
         "reconstruct", play.reconstruct, "draw photos above their reconstructions", "reconstruction.png"
     )
-    reconstruct.add_argument("photos", nargs="+")
+    reconstruct.add_argument("photos", nargs="+", help=PHOTOS)
     litter = add_playing("litter", play.litter, "draw children of two dogs", "litter.png")
     litter.description = (
         "Draw children of two dogs: random mixtures of two photos' latents. A .png shows the two photos and their\n"
@@ -105,11 +121,11 @@ def parser() -> argparse.ArgumentParser:
         "--temperature", type=float, default=0.7, help="scale of the noise; 0: mixtures without noise (default: 0.7)"
     )
     interpolate = add_playing("interpolate", play.walk, "draw a walk from one photo to another", "walk.gif")
-    interpolate.add_argument("a")
-    interpolate.add_argument("b")
+    interpolate.add_argument("a", help="photo at the start")
+    interpolate.add_argument("b", help="photo at the end")
     add_path(interpolate)
     walk = add_playing("walk", play.walk, "draw a walk through several photos", "walk.gif")
-    walk.add_argument("photos", nargs="+")
+    walk.add_argument("photos", nargs="+", help=PHOTOS)
     add_path(walk)
     directions = add_playing(
         "directions", play.directions, "change a dog along the directions in which photos differ most", "directions.png"
@@ -164,8 +180,9 @@ def prepared(args: argparse.Namespace) -> Path | str:
     """Prepare a dataset with the flags `args`. Returns its folder, or its URI."""
     from dogvae.data.prepare import prepare
 
+    source, out = os.path.expanduser(args.source), os.path.expanduser(args.out)
     settings = dict(size=args.size, crop=args.crop, val_fraction=args.val_fraction, workers=args.workers)
-    return prepare(args.source, args.out, **settings)
+    return prepare(source, out, **settings)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -215,10 +232,12 @@ def _playground(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
+    if args.onnx and (missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]):
+        raise UsageError(f"--onnx needs other packages ({', '.join(missing)}): pip install 'dogvae[onnx]'")
     with waiting("loading PyTorch"):
         from dogvae.training.export import export_again, is_export
 
-    folder = args.run_or_export
+    folder = os.path.expanduser(args.run_or_export)
     if not is_export(folder):
         folder = export_again(folder)
     elif not args.onnx:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from dogvae.cluster import connect
 from dogvae.cluster.submit import SENT
 from dogvae.config import CROPS, FLOW_SHOWN, Config, ModelConfig, Safety, check, fields_of
-from dogvae.errors import RunFailed, UsageError
+from dogvae.errors import RunFailed, UsageError, did_you_mean
 
 PRIORS = ("gaussian", "flow")  # that follow the training of a VAE
 PRIOR_EPOCHS = f"epochs of a flow; 0: as many as show it {FLOW_SHOWN:,} images (default: 0)"
@@ -27,7 +27,22 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
+        wrong, _, known = message.partition("invalid choice: ")[2].partition(" (choose from ")
+        hint = did_you_mean(wrong.strip("'"), re.findall(r"[\w-]+", known))
+        raise UsageError(f"{message}{hint} (see {self.prog} --help)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of the base class; for an unknown flag, the closest one of the command is named."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            parser: argparse.ArgumentParser = self
+            for action in self._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    parser = action.choices.get(getattr(parsed, action.dest), self)
+            flag = unknown[0].partition("=")[0]
+            known = parser._option_string_actions if flag.startswith("--") else []
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(flag, known)}")
+        return parsed
 
 
 def typed(prog: str) -> str:
@@ -245,11 +260,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         text = f"{meta['help']} (default: {spec.default})".replace("%", "%%")
         flag = "--" + name.replace("_", "-")
+        names = [flag, "--size"] if name == "image_size" else [flag]  # as `dogvae prepare` has both
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             metavar = "{" + ",".join(map(str, meta["choices"])) + "}" if "choices" in meta else kind.__name__.upper()
-            group.add_argument(flag, type=kind, default=None, help=text, metavar=metavar)
+            group.add_argument(*names, type=kind, default=None, help=text, metavar=metavar)
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
@@ -294,6 +310,11 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        if "--verbose" in argv:
+            raise
+        print(f"error: {error.filename or ''}: {error.strerror or error}; choose another folder", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # The reader of our output has ended (`| head`). Without stdout, Python does not complain at exit either.
         sys.stdout = None

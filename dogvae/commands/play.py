@@ -17,7 +17,7 @@ from dogvae.console import Progress, say, waiting, warn
 from dogvae.data.folders import Folder
 from dogvae.data.manifest import read_manifest
 from dogvae.data.photos import Rejected
-from dogvae.errors import UsageError
+from dogvae.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     import numpy as np
@@ -165,12 +165,27 @@ def _begin(args: argparse.Namespace, n: int) -> tuple[Path, Any]:
     """The output file, after a check that it can hold `n` pictures, and the model."""
     from dogvae.pictures import check_output
 
+    _check(args)
     output = Path(args.output).expanduser()
     check_output(output, n)
     with waiting("loading the model"):
         import dogvae
 
         return output, dogvae.load(args.export, args.device)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """UsageError for a number or a word out of range, before PyTorch and the model are loaded."""
+    for flag, least in (("-n", 1), ("-k", 1), ("--steps", 2), ("--seed", 0)):
+        value = getattr(args, flag.strip("-"), None)
+        if value is not None and value < least:
+            raise UsageError(f"{flag}: {value} is too small, it must be at least {least}")
+    if not 0 <= getattr(args, "temperature", 1) < float("inf"):
+        raise UsageError(f"--temperature: {args.temperature} must be a finite number, at least 0")
+    for flag, known in (("--method", ("linear", "spherical")), ("--prior", ("flow", "gaussian", "normal"))):
+        word = getattr(args, flag.strip("-"), None)
+        if word is not None and word not in known:
+            raise UsageError(f"{flag}: {word!r} is none of {', '.join(known)}{did_you_mean(word, known)}")
 
 
 def photo_files(names: Sequence[str]) -> list[PhotoFile]:

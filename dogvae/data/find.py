@@ -80,7 +80,7 @@ class DataChoice:
 
     @property
     def _is_prepared(self) -> bool:
-        return is_uri(self.data) or (Path(self.data) / MANIFEST).exists()
+        return is_uri(self.data) or (Path(self.data).expanduser() / MANIFEST).exists()
 
 
 def absolute(data: str) -> str:

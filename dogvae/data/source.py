@@ -28,6 +28,7 @@ def open_source(spec: str, crop: str = "center") -> Source:
 
     Raises UsageError if it does not exist, is not one of the accepted kinds, or is empty.
     """
+    spec = os.path.expanduser(spec)
     kind, _, rest = spec.partition(":")
     source: FileSource
     if ":" in spec and kind in DRAWN_KINDS:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from typing import Any
 
 from dogvae.config import Config
 from dogvae.data.find import DataChoice
-from dogvae.errors import UsageError
+from dogvae.errors import UsageError, did_you_mean
 from dogvae.storage import Storage, is_uri
 from dogvae.training import metrics
 
@@ -44,6 +45,10 @@ def runs_and_name(run: Storage) -> tuple[str, str]:
 def open_new(runs: str, name: str) -> Storage:
     """The storage of a new run; UsageError with the command that resumes it if it exists."""
     storage = Storage(runs) / check_name(name)
+    if storage.local:
+        there = next(parent for parent in storage.local.parents if parent.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise UsageError(f"--runs: {there} is not a folder that you may write to; choose another one")
     if storage.exists(CONFIG):
         raise UsageError(f"--name: {storage.uri} exists; resume it with --name {name} --resume, or choose another name")
     if storage.exists(""):
@@ -75,7 +80,9 @@ def open_old(
     try:
         config = Config.from_json(storage.read(CONFIG).decode(), f"{storage.uri}/{CONFIG}")
     except FileNotFoundError as error:
-        raise UsageError(f"--resume: there is no run {storage.uri}; leave --resume out to start it") from error
+        names = [folder for folder in Storage(runs).folders() if not folder.startswith(".")]
+        close = did_you_mean(name, names)
+        raise UsageError(f"--resume: there is no run {storage.uri}; leave --resume out to start it{close}") from error
     # 0 had the run choose: it keeps what it chose.
     settings = {k: v for k, v in settings.items() if v != 0 or k not in ("epochs", "batch_size")}
     check_kept(config, settings)

@@ -48,6 +48,7 @@ def test_settings_of_preset_and_data_have_no_flag() -> None:
 def test_given_has_the_typed_settings_only() -> None:
     assert flags.given(parsed()) == {}
     assert flags.given(parsed("--epochs", "50", "--no-augment")) == {"epochs": 50, "augment": False}  # 50: the default
+    assert flags.given(parsed("--size", "32")) == flags.given(parsed("--image-size", "32")) == {"image_size": 32}
     assert flags.given(parsed("--lr-warmup", "0", "--augment")) == {"lr_warmup": 0.0, "augment": True}
     assert flags.given(parsed("--data", "dogs", "--name", "n", "--gpus", "2", "--crop", "box")) == {}
 
@@ -69,6 +70,11 @@ def test_given_has_the_typed_settings_only() -> None:
 def test_error_of_the_parser_is_one_line(argv: str, words: str) -> None:
     with pytest.raises(UsageError, match=rf"^.*{words}.* \(see train_distributed\.py --help\)\Z"):
         parsed(*argv.split())
+
+
+def test_mistyped_flag_is_answered_with_the_closest_one() -> None:
+    with pytest.raises(UsageError, match=r"--epoch=3; did you mean --epochs\? \(see train_distributed\.py --help\)"):
+        parsed("--epoch=3")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +175,11 @@ def test_printed_commands_have_the_flags_that_they_need_where_they_are_typed(mon
         (UsageError("--data: nothing is there"), 2, "error: --data: nothing is there\n"),
         (RunFailed("the disk is full"), 1, "error: the disk is full\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            PermissionError(13, "Permission denied", "/runs"),
+            2,
+            "error: /runs: Permission denied; choose another folder\n",
+        ),
         (BrokenPipeError(), 141, ""),  # as of `| head`
     ],
 )

@@ -73,6 +73,7 @@ def test_command_line_of_the_beginning_goes_on_with_resume_added(typed: str, nam
     ("typed", "message"),
     [
         ("--resume dogs --name cats", "--resume dogs: --name cats is another name"),
+        ("--resume dgs", "there is no run .*/runs/dgs; .*did you mean dogs?"),
         ("--resume", "give the name of the run with --name; none was begun here without one"),
         ("--resume dogs --data photos --lr 0.5", "--lr: this run has 0.25, not 0.5"),
         ("--resume dogs --data drawn:60", "--data: drawn:60 is not what this run was trained on, or has changed"),

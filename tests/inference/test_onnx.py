@@ -213,3 +213,12 @@ def test_command_exports_a_run_and_prints_the_files_only(exported: Exported, tmp
     printed = [line.split(":")[0] for line in done.stdout.splitlines()]
     assert printed == [f"{run}/export/encoder.onnx", f"{run}/export/decoder.onnx", f"{run}/export"]
     check(run / "export", exported.dataset)
+
+
+def test_missing_packages_are_named_before_a_run_is_exported(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dogvae.commands.cli.find_spec", lambda name: None if name == "onnxscript" else True)
+    monkeypatch.setattr("dogvae.training.export.export_again", lambda run: pytest.fail("exported in vain"))
+    message = "error: --onnx needs other packages (onnxscript): pip install 'dogvae[onnx]'\n"
+    assert refused(capsys, "export", exported.run, "--onnx") == message
