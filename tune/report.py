@@ -30,6 +30,7 @@ FORMATS = {"loss": ",.1f", "reconstruction": ",.1f", "kl": ",.1f", "loss_at_equa
 FORMATS |= {"seconds": ",.0f", "images_per_s": ",.0f"}
 FIRST_TO_GO = ("reconstruction", "kl", "images_per_s", "rank", "loss_at_equal_time", "seconds")  # on narrow terminals
 PANELS = 4  # parameters in the picture
+SHARES_FROM = 10  # trials; what a parameter explains in fewer is mostly chance, and not shown
 # Colours that the colour-blind can tell apart (Okabe and Ito 2008).
 BEST, ALIVE, ENDED, FRONT = "#D55E00", "#0072B2", "#ADADAD", "#000000"
 STYLE = {"font.size": 11, "axes.grid": True, "grid.color": "#E8E8E8", "axes.axisbelow": True}
@@ -87,9 +88,12 @@ def figure(search: Search) -> Plot:
                 dots = _parameter_panel(axes, name, search.space.domains[name], ranked)
             panels[0].set_ylabel("loss (nats per image)")
             top.colorbar(dots, ax=panels, label="epochs done", pad=0.01, ticks=MaxNLocator(integer=True))
-            left, right = bottom.subplots(1, 2, width_ratios=(2.2, 1))
+            if len(ranked) >= SHARES_FROM:
+                left, right = bottom.subplots(1, 2, width_ratios=(2.2, 1))
+                _importance_panel(right, shares, common_epoch(search))
+            else:
+                left = bottom.subplots()
             _time_panel(left, search.trials, ranked)
-            _importance_panel(right, shares, common_epoch(search))
         figure.draw_without_rendering()  # ticks take the style when they are first drawn
     return figure
 
@@ -227,11 +231,11 @@ def show(search: Search) -> None:
         for line in zip(*cells.values(), strict=True):
             say("  ".join(cell.rjust(width) for cell, width in zip(line, widths.values(), strict=True)))
     say(_best(search, table))
-    if epoch := common_epoch(search):
+    if (epoch := common_epoch(search)) and sum(map(is_ranked, table)) >= SHARES_FROM:
         parts = ", ".join(f"{name} {_percent(share)}" for name, share in importance(search).items())
         say(f"share of the loss variance that each setting alone explains, after epoch {epoch}: {parts}")
     if written := [name for name in (*FILES, "export") if search.storage.exists(name)]:
-        say(f"see {', '.join((search.storage / name).uri for name in written)}")
+        say("\n".join(f"see {search.storage.uri_of(name)}" for name in written))  # a terminal would break a long line
     for row in table:
         if row["state"] == "failed":
             say(f"trial {row['trial']} failed: {row['reason']}")

@@ -50,7 +50,8 @@ def curves(records: Sequence[dict[str, Any]]) -> Plot:
 def draw(figure: FigureBase, records: Sequence[dict[str, Any]]) -> None:
     """Draw the panels of `curves` into a figure, or a part of one. There must be a record."""
     shown, best = _shown(records), metrics.best(records)
-    for axes, (name, title) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (name, title) in zip(panels, shown.items(), strict=True):
         visible: list[float] = []
         for split, colour in (("train", TRAIN), ("val", VAL)):
             known = [r for r in records if r.get(f"{split}_{name}") is not None]
@@ -68,7 +69,7 @@ def draw(figure: FigureBase, records: Sequence[dict[str, Any]]) -> None:
         axes.set(title=title, xlabel="epoch")
         axes.title.set_fontsize(10)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    figure.axes[0].legend(frameon=False)
+    panels[0].legend(frameon=False)
 
 
 def _shown(records: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -139,6 +139,13 @@ def test_four_most_important_parameters_have_panels_and_all_have_bars(tmp_path: 
     assert widths == pytest.approx(sorted(share or 0 for share in shares.values()))
 
 
+def test_importances_of_few_trials_are_not_shown(tmp_path: Path, drawn: list[Figure]) -> None:
+    for n in (9, 10):
+        picture(searched(tmp_path / str(n), many(n), SPACE))
+    few, enough = (any(label.startswith("share of the variance") for label in panels(figure)) for figure in drawn)
+    assert (few, enough) == (False, True)
+
+
 def test_terrible_losses_do_not_squeeze_the_good_ones(tmp_path: Path, drawn: list[Figure]) -> None:
     """In neither panel: a first epoch of 20,000 nats, and a trial that ends at 90,000."""
     specs = [Spec(setting(), [20000.0, *(7500.0 - 10 * i - e for e in range(9))], 5.0 + i) for i in range(8)]
