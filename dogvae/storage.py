@@ -101,6 +101,13 @@ class Storage:
         """Whether the file or folder `name` exists."""
         return self._fs.get_file_info(f"{self._root}/{name}").type != pafs.FileType.NotFound
 
+    def modified(self, name: str) -> float:
+        """When a file was last written, in seconds since 1970; FileNotFoundError if it does not exist."""
+        info = self._fs.get_file_info(f"{self._root}/{name}")
+        if info.type == pafs.FileType.NotFound:
+            raise FileNotFoundError(self.uri_of(name))
+        return float(info.mtime_ns) / 1e9
+
     def delete(self, name: str) -> None:
         """Delete a file, if it exists."""
         try:

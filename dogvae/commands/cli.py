@@ -61,6 +61,10 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("--workers", type=int, help="parallel tasks (default: all CPUs of the cluster)")
     prepare.set_defaults(run=_prepare)
 
+    listing = commands.add_parser("runs", help="list the runs and searches of a folder")
+    flags.add_runs(listing)
+    listing.set_defaults(run=_runs)
+
     doctor = commands.add_parser("doctor", help="check every node of the cluster for what training needs")
     doctor.add_argument("--data", help="a prepared dataset that every node has to see or fetch")
     flags.add_runs(doctor)
@@ -183,6 +187,12 @@ def prepared(args: argparse.Namespace) -> Path | str:
     source, out = os.path.expanduser(args.source), os.path.expanduser(args.out)
     settings = dict(size=args.size, crop=args.crop, val_fraction=args.val_fraction, workers=args.workers)
     return prepare(source, out, **settings)
+
+
+def _runs(args: argparse.Namespace) -> None:
+    from dogvae.commands.runs import runs
+
+    runs(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:
