@@ -187,9 +187,9 @@ class DogVAE:
         than latents usually lie; the spherical path keeps their distance from it (White 2016).
         """
         if steps < 2:
-            raise UsageError(f"--steps: {steps} is too small, it must be at least 2")
+            raise UsageError(f"steps: {steps} is too small, it must be at least 2")
         if method not in METHODS:
-            raise UsageError(f"--method: {method!r} is none of {', '.join(METHODS)}")
+            raise UsageError(f"method: {method!r} is none of {', '.join(METHODS)}")
         z = self._latent_tensor(latents)
         if len(z) < 2:
             raise UsageError("a walk needs at least two pictures")
@@ -240,7 +240,7 @@ class DogVAE:
         Raises UsageError if the dataset's images have another size.
         """
         if k < 1:
-            raise UsageError(f"-k: {k} is too small, it must be at least 1")
+            raise UsageError(f"k: {k} is too small, it must be at least 1")
         data = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
         self.check_size(data)
         queries = torch.from_numpy(self.encode(pictures)).flatten(1)
@@ -276,7 +276,7 @@ def _check_memory(n: int, nbytes: int) -> None:
     free = psutil.virtual_memory().available
     if n * nbytes > free / 2:
         raise UsageError(
-            f"-n: {n:,} pictures take {n * nbytes / 1e9:,.0f} GB, and only {free / 1e9:.0f} GB are free; "
+            f"n: {n:,} pictures take {n * nbytes / 1e9:,.0f} GB, and only {free / 1e9:.0f} GB are free; "
             "`samples` yields them in batches, and `dogvae sample -o FILE.npy` writes them in batches"
         )
 

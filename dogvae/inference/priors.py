@@ -93,8 +93,8 @@ def in_batches(network: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Ten
 def check_draw(n: int, seed: int, temperature: float) -> None:
     """UsageError if a number is out of range."""
     if n < 1:
-        raise UsageError(f"-n: {n} is too small, it must be at least 1")
+        raise UsageError(f"n: {n} is too small, it must be at least 1")
     if seed < 0:
-        raise UsageError(f"--seed: {seed} is too small, it must be at least 0")
+        raise UsageError(f"seed: {seed} is too small, it must be at least 0")
     if not 0 <= temperature < float("inf"):
-        raise UsageError(f"--temperature: {temperature} must be a finite number, at least 0")
+        raise UsageError(f"temperature: {temperature} must be a finite number, at least 0")

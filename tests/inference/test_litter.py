@@ -94,11 +94,11 @@ def test_fewer_children_are_the_first_of_more(model: DogVAE, dogs: np.ndarray) -
 
 
 REFUSALS: dict[str, tuple[Callable[[DogVAE, Any], Any], str]] = {
-    "no children": (lambda m, dog: m.litter(dog, dog, 0), "-n: 0 is too small"),
-    "too many children": (lambda m, dog: m.litter(dog, dog, 2**40), "-n: .* pictures take .* GB"),
-    "negative seed": (lambda m, dog: m.litter(dog, dog, seed=-1), "--seed: -1 is too small"),
-    "negative temperature": (lambda m, dog: m.litter(dog, dog, temperature=-1), "--temperature: -1 must be"),
-    "NaN temperature": (lambda m, dog: m.litter(dog, dog, temperature=math.nan), "--temperature: nan must be"),
+    "no children": (lambda m, dog: m.litter(dog, dog, 0), "n: 0 is too small"),
+    "too many children": (lambda m, dog: m.litter(dog, dog, 2**40), "n: .* pictures take .* GB"),
+    "negative seed": (lambda m, dog: m.litter(dog, dog, seed=-1), "seed: -1 is too small"),
+    "negative temperature": (lambda m, dog: m.litter(dog, dog, temperature=-1), "temperature: -1 must be"),
+    "NaN temperature": (lambda m, dog: m.litter(dog, dog, temperature=math.nan), "temperature: nan must be"),
     "missing photo": (lambda m, dog: m.litter(dog, "nowhere.jpg"), "nowhere.jpg cannot be read"),
     "two pictures for one": (lambda m, dog: m.litter(dog, [dog, dog]), "is not a picture"),
 }

@@ -255,22 +255,22 @@ def test_neighbours_in_an_unsuitable_dataset_are_refused(
 
 
 REFUSALS: dict[str, tuple[Callable[[DogVAE, np.ndarray], Any], str]] = {
-    "no samples": (lambda m, z: m.sample(0), "-n: 0 is too small"),
-    "negative samples": (lambda m, z: m.sample(-3), "-n: -3 is too small"),
-    "no latents": (lambda m, z: m.sample_latents(0), "-n: 0 is too small"),
-    "no batches": (lambda m, z: list(m.samples(0)), "-n: 0 is too small"),
-    "negative seed": (lambda m, z: m.sample(1, seed=-1), "--seed: -1 is too small"),
-    "negative temperature": (lambda m, z: m.sample(1, temperature=-1), "--temperature: -1 must be"),
-    "NaN temperature": (lambda m, z: m.sample(1, temperature=math.nan), "--temperature: nan must be"),
-    "infinite temperature": (lambda m, z: m.sample(1, temperature=math.inf), "--temperature: inf must be"),
+    "no samples": (lambda m, z: m.sample(0), "n: 0 is too small"),
+    "negative samples": (lambda m, z: m.sample(-3), "n: -3 is too small"),
+    "no latents": (lambda m, z: m.sample_latents(0), "n: 0 is too small"),
+    "no batches": (lambda m, z: list(m.samples(0)), "n: 0 is too small"),
+    "negative seed": (lambda m, z: m.sample(1, seed=-1), "seed: -1 is too small"),
+    "negative temperature": (lambda m, z: m.sample(1, temperature=-1), "temperature: -1 must be"),
+    "NaN temperature": (lambda m, z: m.sample(1, temperature=math.nan), "temperature: nan must be"),
+    "infinite temperature": (lambda m, z: m.sample(1, temperature=math.inf), "temperature: inf must be"),
     "unknown prior": (lambda m, z: m.sample(1, prior="banana"), "--prior: 'banana' is none of gaussian, normal"),
     "density of an unknown prior": (lambda m, z: m.log_prior(z, "banana"), "--prior: 'banana' is none of"),
     "density of other latents": (lambda m, z: m.log_prior(z[:, :1]), "latents have shape"),
-    "unknown method": (lambda m, z: m.path(z, 4, "curved"), "--method: 'curved' is none of linear, spherical"),
-    "path of one step": (lambda m, z: m.path(z, 1), "--steps: 1 is too small"),
+    "unknown method": (lambda m, z: m.path(z, 4, "curved"), "method: 'curved' is none of linear, spherical"),
+    "path of one step": (lambda m, z: m.path(z, 1), "steps: 1 is too small"),
     "path of one latent": (lambda m, z: m.path(z[:1]), "a walk needs at least two pictures"),
     "path of flat latents": (lambda m, z: m.path(z.reshape(3, DIMS)), "latents have shape"),
-    "walk of one step": (lambda m, z: m.walk(m.decode(z), steps=1), "--steps: 1 is too small"),
+    "walk of one step": (lambda m, z: m.walk(m.decode(z), steps=1), "steps: 1 is too small"),
     "walk of one picture": (lambda m, z: m.walk(list(m.decode(z[:1]))), "a walk needs at least two pictures"),
     "walk of one array": (lambda m, z: m.walk(m.decode(z)[0]), "a walk needs at least two pictures"),
     "walk of one path": (lambda m, z: m.walk("a.jpg"), "a.jpg cannot be read"),
@@ -281,7 +281,7 @@ REFUSALS: dict[str, tuple[Callable[[DogVAE, np.ndarray], Any], str]] = {
     "flat latents": (lambda m, z: m.decode(z.reshape(-1, DIMS)), r"latents have shape \(3, 32\)"),
     "NaN latents": (lambda m, z: m.decode(np.where(z > 1, np.nan, z)), "not finite"),
     "infinite latents": (lambda m, z: m.decode(z / np.float32(0)), "not finite"),
-    "no neighbours": (lambda m, z: m.neighbours(m.decode(z), "nowhere", k=0), "-k: 0 is too small"),
+    "no neighbours": (lambda m, z: m.neighbours(m.decode(z), "nowhere", k=0), "k: 0 is too small"),
 }
 
 
@@ -297,7 +297,7 @@ def test_mistake_is_refused_with_one_line(name: str, model: DogVAE) -> None:
 def test_more_pictures_than_memory_are_refused_at_once(model: DogVAE) -> None:
     n = psutil.virtual_memory().available // (3 * SIZE**2)
     began = time.monotonic()
-    with pytest.raises(UsageError, match=f"-n: {n:,} pictures take .*`samples`"):
+    with pytest.raises(UsageError, match=f"n: {n:,} pictures take .*`samples`"):
         model.sample(n)
     assert time.monotonic() - began < 1
     assert next(iter(model.samples(n))).shape == (256, SIZE, SIZE, 3)
