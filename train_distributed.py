@@ -2,8 +2,14 @@
 
 import sys
 
-from dogvae.commands.flags import run
-from dogvae.commands.train import main
+from dogvae import signals
+
+
+def _main() -> int:
+    from dogvae.commands import flags, train
+
+    return flags.run(train.main)
+
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(signals.run(_main))

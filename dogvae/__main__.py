@@ -1,6 +1,20 @@
-"""`python -m dogvae` is the command `dogvae`."""
+"""The command `dogvae`, which is also `python -m dogvae`."""
 
-from dogvae.commands.cli import main
+import sys
+
+from dogvae import signals
+
+
+def _main() -> int:
+    from dogvae.commands.cli import main
+
+    return main()
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(signals.run(_main))
+
 
 if __name__ == "__main__":
     main()

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
 
 from dogvae.jupyter import cell_output
 
@@ -126,31 +121,3 @@ class Progress:
             self._live.console.print(line, highlight=False, markup=False)
         else:
             say(line)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that collects SIGINT and SIGTERM. The first one is only noted; the second ends the program.
-
-    Only the main thread of a program can receive signals: in another one, the list stays empty.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(signum: int, frame: Any) -> None:
-        received.append(signum)
-        if len(received) > 1:
-            raise SystemExit(128 + signum)
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    except SystemExit as error:
-        if len(received) > 1:  # while Ray waits for a result, it replaces the exit status by 1
-            raise SystemExit(128 + received[1]) from error
-        raise
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -14,8 +14,9 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import HTTPError, ProxyHandler, build_opener
 
-from dogvae.console import say, stop_signals, warn
+from dogvae.console import say, warn
 from dogvae.errors import RunFailed, UsageError
+from dogvae.signals import stop_signals
 from dogvae.storage import Storage
 from tune.search_folder import FOLDER, TRIALS, Search
 
@@ -57,6 +58,7 @@ def dashboard(search: Search, port: int) -> int:
         if mirror.is_alive():
             mirror.join(5)  # it writes into the temporary folder, which is about to go
         if stopped:
+            say("stopped")
             return 128 + stopped[0]
         lines = log.read_text(errors="replace").split("\n")
     raise RunFailed(f"TensorBoard has ended: {next(filter(str.strip, reversed(lines)), process.returncode)}")

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from dogvae.console import clock, say, stop_signals
+from dogvae.console import clock, say
 from dogvae.jupyter import cell_output
+from dogvae.signals import stop_signals
 from tune.search_folder import Entry
 
 PLAIN_INTERVAL_S = 60.0

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dogvae.compat import noted_cluster
@@ -43,10 +46,11 @@ def _connect(address: str | None, verbose: bool) -> str:
             "logging_level": logging.INFO if verbose else logging.ERROR,
         }
         try:
-            if address == "local" and start_ray:
-                start_ray(verbose, **options)
-            else:
-                ray.init(**options)
+            with _same_sigterm_handler():
+                if address == "local" and start_ray:
+                    start_ray(verbose, **options)
+                else:
+                    ray.init(**options)
         except (ValueError, RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
             if address == "local":
                 raise
@@ -57,6 +61,24 @@ def _connect(address: str | None, verbose: bool) -> str:
         f"Ray at {ray.get_runtime_context().gcs_address}: {len(nodes)} node{'s' if len(nodes) != 1 else ''}, "
         f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
     )
+
+
+@contextmanager
+def _same_sigterm_handler() -> Iterator[None]:
+    """Put the handler of SIGTERM back that `ray.init` replaces, and pass it a SIGTERM that came meanwhile."""
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+    came = False
+    try:
+        yield
+    except SystemExit as error:  # from Ray's handler
+        came = error.code == signal.SIGTERM
+        if not came:
+            raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+    if came:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _started_by_user() -> str | None:

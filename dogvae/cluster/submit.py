@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dogvae.console import say, stop_signals, waiting
+from dogvae.console import say, waiting
 from dogvae.errors import RunFailed, UsageError
+from dogvae.signals import stop_signals
 
 SENT = "DOGVAE_SENT_TO"  # in a job's environment: the dashboard's URL by which it came
 POLL_INTERVAL_S = 1.0

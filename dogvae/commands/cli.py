@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -281,6 +280,6 @@ def _main(argv: Sequence[str]) -> int | None:
     return code
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    sys.exit(flags.run(_main))
+def main() -> int:
+    """Run `dogvae` with the arguments of this process; returns the exit status."""
+    return flags.run(_main)

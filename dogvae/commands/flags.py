@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from dogvae import signals
 from dogvae.cluster import connect
 from dogvae.cluster.submit import SENT
 from dogvae.config import CROPS, FLOW_SHOWN, Config, ModelConfig, Safety, check, fields_of
@@ -308,8 +309,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return signals.end()
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         if "--verbose" in argv:
             raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import os
 import socket
-import sys
 import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -28,13 +27,14 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dogvae.console import say, stop_signals
+from dogvae.console import say
 from dogvae.errors import UsageError
 from dogvae.inference.litter import children
 from dogvae.inference.load import load
 from dogvae.inference.model import METHODS, SPAN, DogVAE
 from dogvae.inference.user_images import photo
 from dogvae.pictures import animation, png
+from dogvae.signals import stop_signals
 
 PAGE = Path(__file__).with_name("playground.html")
 SLIDERS = 12  # principal directions that the page offers
@@ -254,8 +254,9 @@ def serve(export: str, device: str | None, host: str, port: int) -> int:
             thread.join(0.2)
         server.should_exit = True
         thread.join(5)
+        if stopped:
+            say("stopped")
         if thread.is_alive():  # in a long request; torch would abort if Python shut down during it
-            sys.stdout.flush()
             os._exit(128 + stopped[0])
         return 128 + stopped[0] if stopped else 1
 

@@ -16,8 +16,9 @@ from dogvae.cluster import nodes
 from dogvae.cluster.network import worker_environment
 from dogvae.cluster.nodes import Workers
 from dogvae.config import Config, Safety
-from dogvae.console import Progress, clock, stop_signals
+from dogvae.console import Progress, clock
 from dogvae.errors import RunFailed, UsageError
+from dogvae.signals import stop_signals
 from dogvae.storage import Storage
 from dogvae.training import fast_start, metrics
 from dogvae.training.events import in_background, start_events

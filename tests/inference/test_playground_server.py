@@ -110,7 +110,7 @@ def test_signal_ends_the_server_while_a_browser_is_connected(
         assert psutil.wait_procs(family, timeout=10)[1] == []
         assert not is_open(port)
         assert list((tmp_path / "here/tmp").iterdir()) == []
-        assert command.text() == printed
+        assert command.text() == f"{printed}stopped\n"
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ module.TrainController.__init__ = refuse
 @pytest.mark.slow
 @pytest.mark.parametrize("later", LATER)
 def test_run_on_a_ray_that_has_other_private_names_works_and_says_so(later: str, tmp_path: Path) -> None:
-    code = f"{LATER[later]}\nimport sys\nfrom dogvae.commands.cli import main\nsys.argv[0] = 'dogvae'\nmain()"
+    code = f"{LATER[later]}\nimport sys\nfrom dogvae.commands.cli import main\nsys.argv[0] = 'dogvae'\nsys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", code, "train", *TINY.split(), "--name", "one"],
         cwd=tmp_path, env={**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)},
