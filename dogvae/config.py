@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from dogvae.errors import UsageError
+from dogvae.json_text import parse
 
 IMAGE_SIZES = tuple(range(32, 257, 32))
 CROPS = ("center", "box")
@@ -207,10 +207,10 @@ class Config(_Checked):
     def from_json(text: str, where: str) -> Config:
         """A Config from the JSON of `to_dict`; a UsageError about any other text names the file `where`."""
         try:
-            return Config.make_nested(json.loads(text))
+            return Config.make_nested(parse(text))
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from error
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{where} is not the configuration of a run: {error}") from error
 
 

@@ -7,7 +7,7 @@ import json
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def write_dataset(tmp_path: Path) -> WriteDataset:
     def write(train: list[np.ndarray], val: list[np.ndarray], name: str = "dataset") -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        splits = {}
+        splits: dict[str, dict[str, Any]] = {}
         for split, arrays in (("train", train), ("val", val)):
             shards = []
             for i, array in enumerate(arrays):
@@ -52,13 +52,15 @@ def write_dataset(tmp_path: Path) -> WriteDataset:
                 digest = hashlib.sha256(data).hexdigest()
                 shards.append({"file": path.name, "count": len(array), "bytes": len(data), "sha256": digest})
             splits[split] = {"count": sum(map(len, arrays)), "shards": shards}
+        size = train[0].shape[-1]
+        checksums = {split: [v["count"], *(shard["sha256"] for shard in v["shards"])] for split, v in splits.items()}
         manifest = {
             "format": "dogvae-dataset",
             "version": 1,
-            "size": train[0].shape[-1],
+            "size": size,
             "channels": 3,
             "splits": splits,
-            "fingerprint": hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest(),
+            "fingerprint": hashlib.sha256(json.dumps([size, checksums], sort_keys=True).encode()).hexdigest(),
             "settings": {},
             "source": {"name": "test"},
             "rejected": 0,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from dogvae.config import Config, check
 from dogvae.errors import UsageError
+from dogvae.json_text import parse
 from dogvae.storage import Storage
 from dogvae.training import metrics
 from dogvae.training.run_folder import CONFIG, check_name
@@ -144,13 +145,13 @@ def open_search(runs: str, name: str) -> Search:
     try:
         if not storage.exists(ABOUT):
             raise UsageError(_no_search(Storage(runs), name, storage))
-        about = read_checked(storage, ABOUT, lambda: json.loads(storage.read(ABOUT)))
+        about = read_checked(storage, ABOUT, lambda: parse(storage.read(ABOUT)))
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise UsageError(f"{storage.uri} is not a search: {ABOUT} is not in the format {FORMAT}; give another name")
         if (version := read_checked(storage, ABOUT, lambda: int(about["version"]))) > VERSION:
             raise UsageError(f"{storage.uri} is a search of version {version}, newer than {VERSION}; update DogVAE")
         space = read_checked(storage, ABOUT, lambda: _space(about["space"]))
-        entries = read_checked(storage, TRIALS, lambda: _entries(json.loads(storage.read(TRIALS)), space))
+        entries = read_checked(storage, TRIALS, lambda: _entries(parse(storage.read(TRIALS)), space))
         return Search(storage, about, [Trial(**e, records=_records(storage, e["name"])) for e in entries])
     except OSError as error:
         raise UsageError(f"{storage.uri} cannot be read: {error}") from error

@@ -45,7 +45,7 @@ class DataChoice:
             ("--crop", "crop", self.crop),
             ("--val-fraction", "val_fraction", self.val_fraction),
         ):
-            if value is not None and value != (has := settings[name]):
+            if value is not None and value != (has := settings.get(name)):
                 raise UsageError(f"{flag}: {prepared} was prepared with {has}; prepare the photos again for {value}")
 
     def resumed(self, prepared: str, fingerprint: str) -> str:

@@ -154,8 +154,8 @@ def _must_match(
         for name, wanted in settings.items()
         if manifest["settings"].get(name) != wanted
     ]
-    if manifest["source"]["signature"] != source["signature"]:
-        was = manifest["source"]["name"]
+    if manifest["source"].get("signature") != source["signature"]:
+        was = manifest["source"].get("name")
         differs.append(f"another SOURCE, {was}" if was != source["name"] else "a SOURCE that has changed since")
     if differs:
         raise UsageError(f"OUT {out} was prepared with {'; '.join(differs)}: name another folder, or delete this one")

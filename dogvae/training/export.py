@@ -22,6 +22,7 @@ from dogvae.errors import UsageError
 from dogvae.inference.load import EXPORT as FOLDER
 from dogvae.inference.load import EXPORT_FORMAT, EXPORT_VERSION, FLOW_FILE
 from dogvae.inference.model import DogVAE, posteriors
+from dogvae.json_text import parse
 from dogvae.network import prior
 from dogvae.network.flow import Flow
 from dogvae.network.vae import VAE
@@ -142,7 +143,7 @@ def export_again(run: str) -> str:
 def is_export(path: str) -> bool:
     """Whether `path` is the folder of an exported model, not of a run."""
     try:
-        about = json.loads(Storage(path).read(CONFIG))
+        about = parse(Storage(path).read(CONFIG))
     except (OSError, ValueError):
         return False
     return isinstance(about, dict) and about.get("format") == EXPORT_FORMAT

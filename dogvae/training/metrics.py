@@ -16,6 +16,7 @@ import numpy as np
 
 from dogvae.config import Config
 from dogvae.console import warn
+from dogvae.json_text import parse
 from dogvae.storage import Storage
 from dogvae.training.tensorboard import EventFile
 
@@ -31,7 +32,7 @@ def read(storage: Storage) -> list[dict[str, Any]]:
         lines = storage.read(FILE).decode().splitlines()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines]
+    return [parse(line) for line in lines]
 
 
 def with_finite_loss(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

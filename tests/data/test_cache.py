@@ -183,7 +183,7 @@ def test_manifest_cannot_name_files_outside_the_copy(field: str, value: Any, rem
     manifest = json.loads((remote / "manifest.json").read_text())
     (manifest if field == "fingerprint" else manifest["splits"]["val"]["shards"][0])[field] = value
     (remote / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match=r"manifest\.json is incomplete"):
+    with pytest.raises(UsageError, match=r"manifest\.json is damaged"):
         local_copy(f"file://{remote}")
     assert list(cache.iterdir()) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,15 @@ def test_folder_without_a_dataset_is_refused(tmp_path: Path) -> None:
     ]
     + [({"version": version}, f"version {version}, but this dogvae reads 1") for version in (2, 0, "1", None)]
     + [
-        ({"splits": splits}, "is incomplete")
+        ({"splits": splits}, "is damaged")
         for splits in ({}, None, {"train": {"shards": [{}]}}, {"train": {"shards": []}})
+    ]
+    + [(b"[" * 100_000, "nested"), (b'{"a":' * 100 + b"1" + b"}" * 100, "nested"), (b"9" * 5000, "cannot be read")]
+    + [
+        ({"settings": None}, "is damaged (settings is None)"),
+        ({"rejected": "no"}, "is damaged (rejected is 'no')"),
+        ({"size": 16}, "is damaged (its fingerprint is not that of its shards)"),
+        ({"fingerprint": "0" * 64}, "is damaged (its fingerprint is not that of its shards)"),
     ],
 )
 def test_bad_manifest_is_refused(folder: Path, manifest: bytes | dict[str, Any], message: str) -> None:
@@ -186,6 +194,37 @@ def test_bad_manifest_is_refused(folder: Path, manifest: bytes | dict[str, Any],
     assert message in refusal(folder)
     assert str(folder) in refusal(folder)
     assert "manifest.json" in refusal(folder)
+
+
+def edited(folder: Path, split: str, edit: Callable[[dict[str, Any]], None]) -> str:
+    """Why a dataset is refused after an edit of a split in its manifest."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    edit(manifest["splits"][split])
+    path.write_text(json.dumps(manifest))
+    return refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("split", "edit", "message"),
+    [
+        ("val", lambda s: s.update(shards=[], count=0), "the split val has no shards"),
+        ("train", lambda s: s.update(shards=[]), "the split train has no shards"),
+        ("train", lambda s: s.update(shards=s["shards"] * 2), "the shards of train do not have 13 images together"),
+        ("train", lambda s: s.update(shards=s["shards"] * 2, count=26), "a shard is listed twice"),
+        ("train", lambda s: s["shards"].pop(), "the shards of train do not have 13 images together"),
+        ("train", lambda s: s["shards"][0].update(count=True), "train-00000.npy has True images"),
+        ("train", lambda s: s["shards"][0].update(bytes=-1), "and -1 bytes"),
+        ("train", lambda s: s["shards"][0].update(sha256="0" * 64), "its fingerprint is not that of its shards"),
+        ("val", lambda s: s["shards"][0].pop("sha256"), "no 'sha256'"),
+    ],
+)
+def test_edited_split_is_damaged(
+    folder: Path, split: str, edit: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    told = edited(folder, split, edit)
+    assert "manifest.json is damaged (" in told
+    assert message in told
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
