@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dogvae.config import FlowConfig, ModelConfig
 from dogvae.errors import UsageError
 from dogvae.inference.model import INFERENCE_BATCH, DogVAE
+from dogvae.json_text import parse
 from dogvae.network.flow import Flow
 from dogvae.network.vae import VAE
 from dogvae.storage import Storage
@@ -21,6 +25,11 @@ from dogvae.storage import Storage
 EXPORT_FORMAT, EXPORT_VERSION = "dogvae-export", 3
 EXPORT = "export"  # the folder of an export in that of its run
 FLOW_FILE = "flow.safetensors"  # of exports with a flow prior
+
+FILLING = ("constant_", "fill_", "kaiming_uniform_", "normal_", "uniform_", "zero_")  # how torch initialises tensors
+
+T = TypeVar("T")
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:
@@ -39,20 +48,26 @@ def load(path: str | Path, device: str | torch.device | None = None) -> DogVAE:
             content = folder.read(name)
             if hashlib.sha256(content).hexdigest() != about["files"][name]:
                 raise UsageError(f"{path}/{name} is damaged: its checksum is wrong; export the run again")
-            tensors[name] = safetensors.torch.load(content)
-        model = VAE(_config(about["model"]))
-        model.load_state_dict(tensors["model.safetensors"])
+            try:
+                tensors[name] = safetensors.torch.load(content)
+            except SafetensorError as error:
+                raise ValueError(f"{name}: {error}") from error
+        config = _settings(ModelConfig, about["model"], "model")
+        model = _network(lambda: VAE(config), "model.safetensors", tensors)
+        _check_tensors("prior.safetensors", tensors["prior.safetensors"], _prior_tensors(model, tensors))
         flow = None
         if FLOW_FILE in tensors:
-            flow = Flow(FlowConfig(**about["flow"]["settings"]), model.latent_shape)
-            flow.load_state_dict(tensors[FLOW_FILE])
+            flow_config = _settings(FlowConfig, about["flow"]["settings"], "flow")
+            flow = _network(lambda: Flow(flow_config, model.latent_shape), FLOW_FILE, tensors)
         return DogVAE(model, target, about, tensors["prior.safetensors"], flow)
     except UsageError:
         raise
     except OSError as error:
         raise UsageError(f"{path} is damaged: {error}; export the run again") from error
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}; export the run again") from error
+    except KeyError as error:
+        raise UsageError(f"{path} is damaged: config.json has no {error}; export the run again") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is damaged: {error}; export the run again") from error
 
 
 def export_of(path: str | Path) -> str | Path:
@@ -65,7 +80,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
     """The config.json of an export, of this format and version. Raises UsageError as `load`."""
     folder = Storage(path)
     try:
-        about = json.loads(folder.read("config.json"))
+        about = parse(folder.read("config.json"))
     except (OSError, ValueError) as error:
         why = "it has no config.json" if isinstance(error, FileNotFoundError) else str(error)
         if not folder.exists(""):
@@ -76,17 +91,61 @@ def read_about(path: str | Path) -> dict[str, Any]:
     if not isinstance(about, dict) or about.get("format") != EXPORT_FORMAT:
         raise UsageError(f"{path} is not an exported model; the export of a run is in RUN/export")
     if (version := about.get("version")) != EXPORT_VERSION:
-        older = isinstance(version, int) and version < EXPORT_VERSION
+        if not isinstance(version, int):
+            raise UsageError(f"{path} is damaged: config.json: version is {version!r}; export the run again")
+        older = version < EXPORT_VERSION
         remedy = "use dogvae 0.1 for it, or train again" if older else "it needs a newer dogvae"
         raise UsageError(f"{path} has format version {version}, this dogvae reads {EXPORT_VERSION}: {remedy}")
     return about
 
 
-def _config(settings: dict[str, Any]) -> ModelConfig:
+def _settings(kind: type[T], settings: dict[str, Any], field: str) -> T:
     try:
-        return ModelConfig(**settings)
-    except UsageError as error:
-        raise ValueError(f"config.json: {error}") from error
+        return kind(**settings)
+    except (TypeError, UsageError) as error:
+        raise ValueError(f"config.json: {field}: {error}") from error
+
+
+def _network(make: Callable[[], Network], name: str, tensors: dict[str, dict[str, Tensor]]) -> Network:
+    """The network that `make` returns, with the tensors of the file `name`, which must be its own."""
+    with Uninitialised():
+        network = make()
+    _check_tensors(name, tensors[name], network.state_dict())
+    network.load_state_dict(tensors[name])
+    return network
+
+
+class Uninitialised(TorchFunctionMode):
+    """New parameters get no values. So a config.json of a huge network takes no memory before it is refused."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in FILLING:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def _prior_tensors(model: VAE, tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What prior.safetensors holds: a Gaussian, two parents, and any number of principal directions."""
+    dims = math.prod(model.latent_shape)
+    count = tensors["prior.safetensors"].get("scales", torch.empty(0)).numel()
+    shapes = {"gaussian.mean": (dims,), "gaussian.factor": (dims, dims), "parents": (2, dims)}
+    shapes |= {"directions": (count, dims), "scales": (count,)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _check_tensors(file: str, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the tensors have the names, types and shapes of `expected`, and finite numbers."""
+    for name in sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"{file}: the tensor {name} is missing")
+    for name in sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"{file}: the tensor {name!r} belongs to another model")
+    for name, tensor in tensors.items():
+        has, needs = (f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in (tensor, expected[name]))
+        if has != needs:
+            raise ValueError(f"{file}: the tensor {name} is {has}, and this model's {needs}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file}: the tensor {name} holds numbers that are not finite")
 
 
 def _device(device: str | torch.device | None) -> torch.device:

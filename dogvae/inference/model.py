@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,24 +49,17 @@ class DogVAE:
         self.device = device
         self.about = about
         self.size: int = model.config.image_size
+        if type(about["sigma"]) not in (int, float) or not 0 < about["sigma"] < 1e9:
+            raise ValueError(f"config.json: sigma is {about['sigma']!r:.40}")
         self.sigma = float(about["sigma"])
         """Standard deviation of a pixel around its decoded value, found in validation."""
-        if not 0 < self.sigma < math.inf:
-            raise ValueError(f"config.json: sigma is {self.sigma}")
         self.latent_shape = model.latent_shape
-        dims = math.prod(model.latent_shape)
         gaussian = Gaussian(prior["gaussian.mean"], prior["gaussian.factor"])
         self._priors = Priors(gaussian, flow, device)
         self.gaussian = gaussian
         self.priors = self._priors.names
         """Names of the priors that samples can come from. The first is the default."""
         directions, scales = prior["directions"], prior["scales"]
-        if (gaussian.mean.shape, gaussian.factor.shape) != ((dims,), (dims, dims)):
-            raise ValueError("its prior belongs to another model")
-        if directions.shape != (len(scales), dims):
-            raise ValueError("its directions belong to another model")
-        if prior["parents"].shape != (2, dims):
-            raise ValueError("its parents belong to another model")
         self.parents: np.ndarray = prior["parents"].reshape(2, *self.latent_shape).numpy()
         """Latents (2, d, s, s) of two validation photos: the first parents in the playground."""
         self.directions: np.ndarray = directions.reshape(-1, *self.latent_shape).numpy()

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,23 @@ def test_config_of_another_format_is_refused(data: bytes, copy: Path) -> None:
     [
         (2, "use dogvae 0.1 for it, or train again"),
         (4, "newer dogvae"),
-        ("3", "newer"),
-        (None, "newer"),
-        ([3], "newer"),
     ],
 )
 def test_other_format_version_is_refused(version: Any, remedy: str, copy: Path) -> None:
     message = refused(rewrite(copy, version=version))
     assert f"format version {version}, this dogvae reads 3" in message
     assert remedy in message
+
+
+@pytest.mark.parametrize("version", ["3", "2", None, [3], {}])
+def test_version_that_is_not_a_number_is_named(version: Any, copy: Path) -> None:
+    assert f"is damaged: config.json: version is {version!r}" in refused(rewrite(copy, version=version))
+
+
+def test_config_that_is_nested_too_deeply_is_refused(copy: Path) -> None:
+    for data in ("[" * 100_000, '{"a":' * 500 + "1" + "}" * 500):
+        (copy / "config.json").write_text(data)
+        assert "nested more than" in refused(copy)
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -141,7 +150,8 @@ def test_pickle_in_place_of_tensors_is_not_executed(name: str, copy: Path) -> No
     [
         {"model": None}, {"model": []}, {"model": {"colour": "brown"}},
         {"files": None}, {"files": ["model.safetensors"]}, {"files": {"model.safetensors": 5}}, {"files": {}},
-        {"sigma": None}, {"sigma": "wide"}, {"sigma": 0}, {"sigma": -0.1}, {"sigma": math.nan},
+        {"sigma": None}, {"sigma": "wide"}, {"sigma": 0}, {"sigma": -0.1}, {"sigma": math.nan}, {"sigma": 10**400},
+        {"sigma": True}, {"sigma": "0.1"}, {"flow": True}, {"flow": {"settings": {"depth": 0}}},
     ],
 )  # fmt: skip
 def test_config_with_wrong_types_is_refused(changes: dict[str, Any], copy: Path) -> None:
@@ -153,7 +163,7 @@ def test_config_with_wrong_types_is_refused(changes: dict[str, Any], copy: Path)
     [
         {"width": "wide"}, {"width": 3}, {"image_size": 33}, {"latent_size": 5}, {"norm": "batch"},  # of no model
         {"width": 8}, {"latent_dim": 3}, {"latent_size": 8}, {"image_size": 64},  # of another model
-        {"architecture": "notebook"},
+        {"architecture": "notebook"}, {"width": 512, "latent_dim": 1024, "image_size": 256},  # 5 GB
     ],
 )  # fmt: skip
 def test_config_that_does_not_match_the_weights_is_refused(setting: dict[str, Any], copy: Path) -> None:
@@ -179,7 +189,33 @@ def test_prior_of_another_model_is_refused(name: str, shape: tuple[int, ...], co
     prior = safetensors.torch.load((copy / "prior.safetensors").read_bytes())
     assert prior[name].shape != shape
     changed = safetensors.torch.save({**prior, name: torch.ones(shape)})
-    assert "another model" in refused(replace(copy, "prior.safetensors", changed))
+    told = refused(replace(copy, "prior.safetensors", changed))
+    assert f"the tensor {'directions' if name == 'scales' else name} is float32" in told
+    assert "and this model's float32 (" in told
+
+
+Edit = Callable[[dict[str, torch.Tensor], str], Any]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors, name: tensors.update({name: tensors[name].double()}), "the tensor {} is float64 ("),
+        (lambda tensors, name: tensors.update({name: tensors[name].long()}), "the tensor {} is int64 ("),
+        (lambda tensors, name: tensors[name].view(-1)[-1:].fill_(math.nan), "the tensor {} holds numbers that are not"),
+        (lambda tensors, name: tensors[name].view(-1)[:1].fill_(-math.inf), "the tensor {} holds numbers that are not"),
+        (lambda tensors, name: tensors.update({name: tensors[name][None]}), "the tensor {} is float32 (1, "),
+        (lambda tensors, name: tensors.pop(name), "the tensor {} is missing"),
+        (lambda tensors, name: tensors.update({name + "2": tensors[name].clone()}), "the tensor '{}2' belongs to"),
+    ],
+    ids=["float64", "int64", "NaN", "infinite", "shape", "missing", "extra"],
+)
+@pytest.mark.parametrize("file", TENSORS)
+def test_tensor_that_the_model_cannot_have_is_named(file: str, edit: Edit, message: str, copy: Path) -> None:
+    tensors = safetensors.torch.load((copy / file).read_bytes())
+    name = "gaussian.mean" if file == "prior.safetensors" else list(tensors)[-1]
+    edit(tensors, name)
+    assert f"{file}: {message.format(name)}" in refused(replace(copy, file, safetensors.torch.save(tensors)))
 
 
 def test_prior_with_a_missing_tensor_is_refused(copy: Path) -> None:
