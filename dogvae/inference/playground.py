@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
@@ -22,6 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
@@ -86,6 +88,22 @@ class Litter(BaseModel):
     temperature: float = Field(0.7, ge=0, le=3)
 
 
+class _SameOrigin:
+    """Refuses a POST that the browser sends for a page of another site."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        origin = headers.get("origin")
+        if scope.get("method") == "POST" and origin and urlsplit(origin).netloc != headers.get("host"):
+            refusal = JSONResponse({"error": f"a page of {origin} may not use this playground"}, 403)
+            await refusal(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
 class _BodyLimit:
     """Refuses a body of more than MOST_BYTES while it is received, so that it never fills the memory."""
 
@@ -110,6 +128,7 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
     """The page of one model, and the API that the page calls. Faulty requests get 4xx and an error of one line."""
     app = FastAPI(title="DogVAE playground", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_BodyLimit)
+    app.add_middleware(_SameOrigin)
     reading_photo = anyio.Lock()
     about_model: dict[str, Any] = {}  # filled by the first request
 

@@ -37,6 +37,16 @@ def test_foreign_host_names_are_refused(server: Playground, model: DogVAE) -> No
     assert np.array_equal([pixels(dog["picture"]) for dog in dogs], model.sample(2, seed=3))
 
 
+def test_post_of_another_sites_page_is_refused(server: Playground) -> None:
+    ours = (f"http://localhost:{server.port}", f"http://127.0.0.1:{server.port}")
+    for origin in ("https://evil.example", "null", f"http://localhost:{server.port + 1}", f"{ours[0]}.example", "x"):
+        answer = server.post("sample", json={"n": 1}, headers={"Origin": origin})
+        assert (answer.status_code, answer.json()["error"]) == (403, f"a page of {origin} may not use this playground")
+    for origin in ours:
+        headers = {"Origin": origin, "Host": origin.removeprefix("http://")}
+        assert server.post("sample", json={"n": 1}, headers=headers).status_code == 200
+
+
 def growth(server: Playground, requests: list[Future[httpx.Response]]) -> int:
     """The bytes by which the server's memory grows until all requests are answered."""
     process = psutil.Process(server.process.pid)
