@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shlex
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -151,6 +153,7 @@ def search(args: argparse.Namespace) -> Ended | None:
         storage, plan = plan_new(args, name, data)
 
     with waiting("loading Ray Tune"):
+        from tune.disk import check_disk
         from tune.schedulers import make_scheduler
         from tune.search import run
 
@@ -158,7 +161,8 @@ def search(args: argparse.Namespace) -> Ended | None:
     make_scheduler(plan)
     if plan.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--searcher optuna: Optuna is not installed; type pip install optuna")
-    say(connect.connect(args.address, args.verbose))
+    with redirect_stdout(sys.stderr if args.dry_run else sys.stdout):
+        say(connect.connect(args.address, args.verbose))
     if not args.resume and args.gpus_per_trial is None:
         plan = replace(plan, gpus=float(nodes.has_gpus()))
     at_once = nodes.most_slots(plan.cpus, plan.gpus) // plan.workers
@@ -177,6 +181,7 @@ def search(args: argparse.Namespace) -> Ended | None:
         say(f"{len(dataset.train)} training and {len(dataset.val)} validation images: {dataset.path}")
         filled = plan.config.for_data(str(dataset.path), dataset.fingerprint, dataset.size, len(dataset.train))
         plan = replace(plan, config=filled)
+    check_disk(storage, plan, {entry.number for entry in known})
     save(storage, plan, known)
     say(f"{storage.uri}: {plan.trials} trials of at most {plan.config.epochs} epochs, {at_once} at a time")
     say(f"watch it: python -m tune dashboard {name}{flags.runs_flag(args.runs)}")

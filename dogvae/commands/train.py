@@ -14,7 +14,9 @@ import argparse
 import json
 import os
 import shlex
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ from dogvae.cluster import connect, nodes
 from dogvae.commands import flags
 from dogvae.commands.remote import run_there
 from dogvae.config import Config
-from dogvae.console import say, waiting
+from dogvae.console import say, waiting, warn
 from dogvae.data.find import DEFAULT_DATA, DataChoice
 from dogvae.storage import Storage
 from dogvae.training import metrics, run_folder
@@ -84,6 +86,9 @@ def train(args: argparse.Namespace) -> Trained | None:
     `args` come from `parse`. Raises UsageError and RunFailed.
     """
     safety = flags.safety(args)
+    if args.resume and args.name and args.data and not run_folder.exists(args.runs, args.name):
+        warn(f"--resume: there is no run {args.name} in {args.runs} yet, so it starts now")  # as a retried job needs
+        args.resume = False
     settings = _settings(args)
     choice = DataChoice(args.data or DEFAULT_DATA, settings.get("image_size"), args.crop, args.val_fraction)
     if args.resume:
@@ -102,7 +107,8 @@ def train(args: argparse.Namespace) -> Trained | None:
             choice.check()
             config = Config.make(data=choice.data, **settings)
     os.environ |= flags.network(args)
-    say(connect.connect(args.address, args.verbose))
+    with redirect_stdout(sys.stderr if args.dry_run else sys.stdout):
+        say(connect.connect(args.address, args.verbose))
     workers = nodes.choose_workers(args.gpus, args.cpus)
     if args.dry_run:
         say(json.dumps({"run": storage.uri, "workers": str(workers), **config.to_dict()}, indent=2))

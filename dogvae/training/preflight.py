@@ -45,6 +45,12 @@ def open_dataset(config: Config, note: Callable[[str], None]) -> Dataset:
     return on_all_ranks(opened)  # opened again, as another rank may have replaced a damaged file
 
 
+def most_bytes(weights_bytes: int) -> int:
+    """What the checkpoints of a run take at most on its storage, from the bytes of its weights."""
+    # A checkpoint has weights, their average and Adam's two moments. Besides the latest: the best, one being written.
+    return 4 * weights_bytes * (KEEP_LATEST + 2)
+
+
 def check_storage(storage: Storage, weights_bytes: int) -> None:
     """UsageError on all ranks if a rank cannot write to the storage, or cannot read what another rank wrote there.
 
@@ -53,8 +59,7 @@ def check_storage(storage: Storage, weights_bytes: int) -> None:
     rank, world_size = rank_and_world_size()
     token = broadcast(uuid.uuid4().hex if rank == 0 else None)
     host = socket.gethostname()
-    # A checkpoint has weights, their average and Adam's two moments. Besides the latest: the best, one being written.
-    need = 4 * weights_bytes * (KEEP_LATEST + 2)
+    need = most_bytes(weights_bytes)
 
     def write() -> None:
         try:

@@ -42,6 +42,11 @@ def runs_and_name(run: Storage) -> tuple[str, str]:
     return runs + mark + options, name
 
 
+def exists(runs: str, name: str) -> bool:
+    """Whether there is a folder of this name in `runs`."""
+    return (Storage(runs) / check_name(name)).exists("")
+
+
 def open_new(runs: str, name: str) -> Storage:
     """The storage of a new run; UsageError with the command that resumes it if it exists."""
     storage = Storage(runs) / check_name(name)
@@ -82,7 +87,7 @@ def open_old(
     except FileNotFoundError as error:
         names = [folder for folder in Storage(runs).folders() if not folder.startswith(".")]
         close = did_you_mean(name, names)
-        raise UsageError(f"--resume: there is no run {storage.uri}; leave --resume out to start it{close}") from error
+        raise UsageError(f"--resume: there is no run {storage.uri}; to start it, add --data{close}") from error
     # 0 had the run choose: it keeps what it chose.
     settings = {k: v for k, v in settings.items() if v != 0 or k not in ("epochs", "batch_size")}
     check_kept(config, settings)

@@ -160,7 +160,7 @@ def test_dry_run_prints_the_settings_and_changes_nothing(trained: Path) -> None:
     before = sorted(trained.rglob("*"))
     done = command("--data", "drawn:60", "--val-fraction", "0.2", "--name", "dry", "--dry-run", *SMALL, cwd=trained)
     assert done.returncode == 0, done.stderr
-    resolved = json.loads(done.stdout[done.stdout.index("{") :])
+    resolved = json.loads(done.stdout)
     assert resolved["workers"] == "2 CPU workers"
     assert resolved["model"]["width"] == 4
     assert resolved["batch_size"] == 16

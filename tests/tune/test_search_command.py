@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ import ray
 from dogvae.cluster import connect, nodes
 from dogvae.commands import flags, train
 from dogvae.commands import search as command
+from dogvae.config import ModelConfig
 from dogvae.errors import UsageError
+from dogvae.network.vae import VAE
 from dogvae.storage import Storage
 from dogvae.training.run_folder import check_copy, copy_checkpoints, save_config
 from tests.conftest import WriteDataset
@@ -256,7 +260,7 @@ def test_dry_run_prints_the_plan_and_changes_nothing(dogs: str, shell: Shell, tw
     before = contents(shell.folder)
     status, said, _ = shell.run("search", "--data", dogs, "--trials", "3", "--seed", "4", "--dry-run")
     assert status == 0
-    shown, end = json.JSONDecoder().raw_decode(said, said.index("{"))
+    shown, end = json.JSONDecoder().raw_decode(said)
     assert (shown["trials"], shown["seed"], shown["space"]["lr"]) == (3, 4, "loguniform(0.0003,0.01)")
     told, *first = said[end:].strip().splitlines()
     assert told == "2 at once; the first settings:"
@@ -264,7 +268,33 @@ def test_dry_run_prints_the_plan_and_changes_nothing(dogs: str, shell: Shell, tw
     assert contents(shell.folder) == before
 
 
+def test_search_that_the_disk_cannot_hold_is_refused(
+    searches: Searches, dogs: str, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each trial keeps the two latest checkpoints and the best, and writes another: 4 x 4 numbers for each weight."""
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    fixed = ["--search", "latent_dim=choice(4,8)", "--set", "width=4", "--set", "lr=0.001", "--trials", "9"]
+    models = [ModelConfig(image_size=32, width=4, latent_dim=n) for n in (4, 8)]
+    sizes = {m.latent_dim: sum(4 * p.numel() for p in VAE(m).parameters()) for m in models}
+    needs = sum(16 * sizes[Space.parse(fixed[1:2], {}).setting(0, n)["latent_dim"]] for n in range(9))
+    for free, status in ((needs - 1, 2), (needs, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        got, _, told = shell.run("search", "--data", dogs, "--name", f"s{status}", *fixed)
+        assert (got, "the checkpoints of 9 trials may take" in told) == (status, status == 2)
+
+
 # --- resuming
+
+
+def test_run_that_is_not_there_is_started_by_resume_with_data(
+    dogs: str, shell: Shell, two_cpus: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = ["--name", "new", "--resume", "--epochs", "3", "--dry-run"]
+    assert "add --data" in shell.mistake(*typed, main=train.main)
+    assert flags.run(train.main, [*typed, "--data", dogs]) == 0
+    said, told = capsys.readouterr()
+    assert (json.loads(said)["data"], json.loads(said)["epochs"]) == (dogs, 3)
+    assert told.startswith("warning: --resume: there is no run new in runs yet, so it starts now\n")
 
 
 def test_resumed_search_knows_its_plan_and_trials(searches: Searches, shell: Shell) -> None:
@@ -334,8 +364,7 @@ def test_from_search_starts_with_the_best_trials_config(
     before = contents(shell.folder)
     typed = ["--from-search", "dogs", "--epochs", "20", "--name", "longer", "--dry-run"]
     assert flags.run(train.main, typed) == 0
-    said = capsys.readouterr().out
-    shown = json.loads(said[said.index("{") :])
+    shown = json.loads(capsys.readouterr().out)
     assert shown.pop("run") == f"{shell.runs}/longer"
     assert shown.pop("workers") == "1 CPU worker of 2 CPUs"
     assert shown == PLAN.config.replace(lr=0.002, latent_dim=32, samples=10, epochs=20).to_dict()
