@@ -12,6 +12,7 @@ from dogvae.json_text import parse
 
 IMAGE_SIZES = tuple(range(32, 257, 32))
 CROPS = ("center", "box")
+VAL_FRACTION = {"above": 0, "high": 0.9}
 # Of a run with `epochs` 0: images in all epochs together, of a VAE and of a flow prior; and the least epochs.
 SHOWN, FLOW_SHOWN, LEAST_EPOCHS = 50_000, 200_000, 4
 REMOVED = (

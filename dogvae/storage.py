@@ -32,14 +32,19 @@ class Storage:
     """
 
     def __init__(self, uri: str | Path) -> None:
+        if not str(uri):
+            raise UsageError("the name of a folder is empty")
         self.uri = str(uri).removeprefix("file://").rstrip("/") or "/"
         self.local: Path | None = None if is_uri(self.uri) else Path(self.uri).expanduser().absolute()
         try:
             if self.local:
                 self.uri = str(self.local)
+                self.uri.encode()  # pyarrow takes no other names
                 self._fs, self._root = pafs.LocalFileSystem(), self.uri
             else:
                 self._fs, self._root = pafs.FileSystem.from_uri(self.uri)
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{self.uri!r} is not a name in UTF-8: rename it, or use another folder") from error
         except (ValueError, OSError) as error:
             raise UsageError(f"{uri} is neither a folder nor a URI of a known file system: {error}") from error
 

@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,8 @@ from typing import Any
 from dogvae.compat import noted_cluster
 from dogvae.console import waiting
 from dogvae.errors import UsageError
+
+UNREADABLE = "this user may not execute {}: use a Python that all may read"
 
 start_ray: Callable[..., None] | None = None
 """Starts a Ray of our own, from `verbose` and the options of `ray.init`. Commands put `fast_start.start_ray` here."""
@@ -39,6 +43,11 @@ def _connect(address: str | None, verbose: bool) -> str:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # patched, a worker's line comes out twice
         if address not in ("local", "auto"):
             _check_answers(address)
+        if address == "local" and not os.access(sys.executable, os.X_OK):
+            raise UsageError(f"Ray cannot start processes: {UNREADABLE.format(sys.executable)}")
+        for text in (os.getcwd(), *sys.argv):
+            if text.encode(errors="ignore").decode() != text:
+                raise UsageError(f"{text!r} is not a name in UTF-8, as Ray needs it: rename it")
         options: dict[str, Any] = {
             "address": address,
             "include_dashboard": False,
@@ -105,6 +114,16 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
         raise UsageError(f"--address: no Ray answers at {address} ({error}); is the cluster up?") from error
+
+
+def why_no_process_starts() -> str:
+    """Why Ray cannot start workers on this machine, on which it only retries for ever; empty if a Python starts."""
+    try:
+        done = subprocess.run([sys.executable, "-c", "import ray"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"{UNREADABLE.format(sys.executable)} ({error.strerror})"
+    lines = done.stderr.splitlines() or [""]
+    return f"`{sys.executable} -c 'import ray'` fails: {lines[-1]}" if done.returncode else ""
 
 
 def _first_sentence(error: BaseException) -> str:

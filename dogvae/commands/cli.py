@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -214,11 +216,13 @@ def _evaluate(args: argparse.Namespace) -> None:
         from dogvae.data.dataset import Dataset
         from dogvae.inference.evaluate import measure, table
 
-        model, dataset = dogvae.load(args.export, args.device), Dataset(args.dataset)
     if args.json:
-        figures = measure(model, dataset, args.samples, args.inception, lambda text, done, total: None)
+        with redirect_stdout(sys.stderr):  # torch prints about its downloads
+            model, dataset = dogvae.load(args.export, args.device), Dataset(args.dataset)
+            figures = measure(model, dataset, args.samples, args.inception, lambda text, done, total: None)
         say(json.dumps(figures, indent=2))
         return
+    model, dataset = dogvae.load(args.export, args.device), Dataset(args.dataset)
     current = ""
     with Progress("evaluate") as line:
 

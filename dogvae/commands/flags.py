@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from dogvae import signals
 from dogvae.cluster import connect
 from dogvae.cluster.submit import SENT
-from dogvae.config import CROPS, FLOW_SHOWN, Config, ModelConfig, Safety, check, fields_of
+from dogvae.config import CROPS, FLOW_SHOWN, VAL_FRACTION, Config, ModelConfig, Safety, check, fields_of
 from dogvae.errors import RunFailed, UsageError, did_you_mean
 
 PRIORS = ("gaussian", "flow")  # that follow the training of a VAE
@@ -203,7 +205,7 @@ def check_training(args: argparse.Namespace) -> None:
     check("prior", args.prior, str, {"choices": PRIORS})
     check("prior_epochs", args.prior_epochs, int, {"low": 0})
     if args.val_fraction is not None:
-        check("val_fraction", args.val_fraction, float, {"above": 0, "high": 0.9})
+        check("val_fraction", args.val_fraction, float, VAL_FRACTION)
     if args.crop is not None:
         check("crop", args.crop, str, {"choices": CROPS})
     resumed_name(args)
@@ -291,6 +293,20 @@ def use_fast_start() -> None:
     connect.start_ray = start_ray
 
 
+def _check_not_empty(argv: Sequence[str]) -> None:
+    """Raise UsageError for an empty argument: as a path it would mean another folder than the user's."""
+    for before, argument in pairwise(["the command", *argv]):
+        flag, equals, value = argument.partition("=")
+        if not argument or (flag.startswith("--") and equals and not value):
+            name = flag or (before if before.startswith("-") else f"the argument after {before}")
+            raise UsageError(f"{name}: the text is empty, as that of a shell variable that is not set")
+
+
+def _print_error(error: BaseException) -> None:
+    """Print an error as one line, also if it quotes a file that holds several."""
+    print(f"error: {' '.join(filter(None, str(error).splitlines()))}", file=sys.stderr)
+
+
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 2 for a mistake of the user, 1 for a failed run, 130 after Ctrl-C.
 
@@ -298,15 +314,18 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     """
     argv = sys.argv[1:] if argv is None else argv
     use_fast_start()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are not UTF-8 come out as they are
     try:
+        _check_not_empty(argv)
         return main(argv) or 0
     except UsageError as error:
         if "--verbose" in argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         return 2
     except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         return 1
     except KeyboardInterrupt:
         return signals.end()

@@ -19,9 +19,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dogvae.cluster.connect import connect
+from dogvae.cluster.connect import connect, why_no_process_starts
 from dogvae.cluster.nodes import is_one_machine
-from dogvae.config import CROPS, IMAGE_SIZES
+from dogvae.config import CROPS, IMAGE_SIZES, VAL_FRACTION, check
 from dogvae.console import Progress, say
 from dogvae.data.atomic import atomic_folder
 from dogvae.data.decode import crops
@@ -34,6 +34,7 @@ from dogvae.errors import UsageError
 from dogvae.storage import Storage, cache_folder
 
 BATCH_PHOTOS, BATCH_BYTES = 32, 8 * 2**20  # the most for one task: about 30 ms, far more than Ray's overhead
+START_S = 20  # until it is looked why no task has ended
 STAGING = "prepared"  # in the cache: datasets that are not uploaded yet
 
 Batch = list["Photo | UnreadPhoto | Rejected"]
@@ -51,8 +52,8 @@ def prepare(
     """Prepare the photos of `source` (see `open_source`) into `out`, a folder or a URI, and return `out`.
 
     `size`: side of the images in pixels (32, 64 or 128). `crop`: "center" for the centre square of each photo, or "box"
-    for that of each bounding box. `val_fraction`: share of the photos for validation, between 0 and 1. `workers`: how
-    many tasks decode at the same time (default: one per CPU of the cluster); the result does not depend on it.
+    for that of each bounding box. `val_fraction`: share of the photos for validation, at most 0.9. `workers`: how many
+    tasks decode at the same time (default: one per CPU of the cluster); the result does not depend on it.
 
     An `out` that was prepared from the same source with the same settings is left as it is. Raises UsageError, and then
     leaves nothing behind.
@@ -97,8 +98,7 @@ def _settings(size: int, crop: str, val_fraction: float, workers: int | None) ->
         raise UsageError(f"--size {size}: must be one of {', '.join(map(str, IMAGE_SIZES))}")
     if crop not in CROPS:
         raise UsageError(f"--crop {crop}: must be one of {', '.join(CROPS)}")
-    if not 0 < val_fraction < 1:
-        raise UsageError(f"--val-fraction {val_fraction}: must be between 0 and 1, such as 0.05")
+    check("val_fraction", val_fraction, float, VAL_FRACTION)
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be at least 1")
     return {"size": size, "crop": crop, "val_fraction": val_fraction}
@@ -212,6 +212,9 @@ class _DecodedRows:
         started = time.monotonic()
         with Progress("preparing") as progress:
             submit()
+            first, _ = pending[0]
+            if not ray.wait([first], timeout=START_S)[0] and (why := why_no_process_starts()):
+                raise UsageError(f"Ray has started no process within {START_S} s: {why}")
             while pending:
                 rows = self._result(decode, *pending.popleft())
                 submit()

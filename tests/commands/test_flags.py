@@ -174,6 +174,7 @@ def test_printed_commands_have_the_flags_that_they_need_where_they_are_typed(mon
     [
         (UsageError("--data: nothing is there"), 2, "error: --data: nothing is there\n"),
         (RunFailed("the disk is full"), 1, "error: the disk is full\n"),
+        (UsageError("a\nb\r\u2028c"), 2, "error: a b c\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (
             PermissionError(13, "Permission denied", "/runs"),

@@ -270,12 +270,28 @@ def test_interrupted_run_leaves_no_dataset_and_the_next_one_cleans_up(tmp_path: 
 # --- mistakes
 
 
+def test_python_that_workers_cannot_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks wait for CPUs that are never free, as they wait where Ray cannot start its processes."""
+    held = ray.remote(num_cpus=2)(time.sleep).remote(60)
+    time.sleep(1)
+    monkeypatch.setattr(module, "START_S", 0.5)
+    monkeypatch.setattr(sys, "executable", "/root/nobody/python")
+    with pytest.raises(UsageError, match=r"no process within 0\.5 s: this user may not execute /root/nobody/python"):
+        prepare(str(grey_photos(tmp_path / "photos", 2)), tmp_path / "out")
+    monkeypatch.undo()
+    ray.cancel(held, force=True)
+    code = "import sys; sys.executable = '/root/nobody/python'; from dogvae.cluster.connect import connect; connect()"
+    env = {**os.environ, "RAY_ADDRESS": "local"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert "UsageError: Ray cannot start processes: this user may not execute /root/nobody/python" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"size": 65}, r"--size 65: must be one of 32, 64, 96, 128"),
         ({"val_fraction": 0.0}, "--val-fraction"),
-        ({"val_fraction": 1}, "--val-fraction"),
+        ({"val_fraction": 0.95}, "--val-fraction"),
         ({"val_fraction": float("nan")}, "--val-fraction"),
         ({"workers": 0}, "--workers"),
         ({"crop": "middle"}, "--crop middle: must be one of center, box"),

@@ -373,6 +373,17 @@ def test_command_prints_the_table_or_json_and_nothing_else(
     assert json.loads(out) == figures
 
 
+def test_json_is_all_of_the_output_also_if_a_download_fails(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    args = ("evaluate", exported.folder, exported.dataset, "--samples", SAMPLES, "--device", "cpu", "--json")
+    code, out, err = dogvae(capfd, *args)
+    assert (code, "Downloading" in err) == (0, True)
+    assert json.loads(out)["without_inception"]
+
+
 def test_command_refuses_mistakes_with_one_line(
     exported: Exported, write_dataset: Writer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
