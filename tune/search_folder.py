@@ -167,7 +167,7 @@ def read_checked(
         what = "is missing"
     except KeyError as error:
         what = f"has no {error}"
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"is not valid ({error})"
     raise UsageError(f"{storage.uri} is damaged: {file} {what}; restore it from a backup, or {otherwise}")
 

@@ -304,7 +304,8 @@ def _check_not_empty(argv: Sequence[str]) -> None:
 
 def _print_error(error: BaseException) -> None:
     """Print an error as one line, also if it quotes a file that holds several."""
-    print(f"error: {' '.join(filter(None, str(error).splitlines()))}", file=sys.stderr)
+    line = " ".join(filter(None, str(error).splitlines()))
+    print(f"error: {line.encode(errors='backslashreplace').decode()}", file=sys.stderr)
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:

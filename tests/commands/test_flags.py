@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dogvae.cluster.network import TO_WORKERS, worker_environment
 from dogvae.cluster.submit import SENT
@@ -17,6 +20,8 @@ from dogvae.commands import flags
 from dogvae.commands.remote import run_there
 from dogvae.config import Config, Safety
 from dogvae.errors import RunFailed, UsageError
+from tests.support.command import ROOT
+from tests.support.exports import Exported
 from tests.support.settings import SETTINGS, flag_of
 
 WITHOUT_FLAG = {"architecture", "data", "fingerprint", "loss_scale"}
@@ -208,3 +213,48 @@ def test_status_of_a_command_is_returned_and_other_errors_are_raised() -> None:
         flags.run(mistaken, ["--verbose"])
     with pytest.raises(ZeroDivisionError):
         flags.run(lambda argv: 1 // 0, [])
+
+
+# --- arguments that are no names
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        (["--runs", ""], "--runs"),
+        (["--runs="], "--runs"),
+        (["photos", ""], "the argument after photos"),
+        (["", "out"], "the argument after the command"),
+    ],
+)
+def test_empty_argument_is_refused(typed: list[str], name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert flags.run(lambda argv: pytest.fail("it was run"), typed) == 2
+    assert capsys.readouterr().err.startswith(f"error: {name}: the text is empty")
+
+
+def test_names_that_are_not_utf8_work_or_are_refused_with_one_line(tmp_path: Path, exported: Exported) -> None:
+    """As SOURCE, OUT, EXPORT, a photo, the output and the working folder."""
+    odd = os.fsencode(tmp_path) + b"/\xff"
+    photo = odd + b"/\xfe.png"
+    os.mkdir(odd)
+    Image.new("RGB", (40, 40)).save(os.fsdecode(photo))
+    shutil.copytree(exported.folder, os.fsdecode(odd + b"/export"))
+
+    def run(cwd: bytes, *argv: bytes) -> tuple[int, str]:
+        args = [sys.executable, "-m", "dogvae", *argv]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
+        done = subprocess.run(args, cwd=cwd, env=env, capture_output=True, timeout=100)
+        return done.returncode, done.stderr.decode()
+
+    here, export = os.fsencode(tmp_path), os.fsencode(exported.folder)
+    assert run(here, b"reconstruct", export, photo, b"-o", b"r.png") == (0, "")
+    for cwd, argv in (
+        (here, (b"prepare", odd, b"out")),
+        (here, (b"prepare", b"drawn:5", odd + b"/out")),
+        (here, (b"sample", odd + b"/export")),
+        (odd, (b"sample", export, b"-o", b"s.png")),
+        (odd, (b"train", b"--data", b"drawn:5")),
+    ):
+        status, told = run(cwd, *argv)
+        assert (status, told.count("\n")) == (2, 1), told
+        assert "is not a name in UTF-8" in told
