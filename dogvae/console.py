@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -20,6 +21,13 @@ def clock(seconds: float) -> str:
     minutes, s = divmod(max(0, round(seconds)), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def explained_text(explained: float | None) -> str:
+    """`val_explained` in words; None, which JSON has for NaN, and NaN mean that it is not defined."""
+    if explained is None or math.isnan(explained):
+        return "not defined (the images do not differ)"
+    return f"{explained:.3f}"
 
 
 def say(message: str) -> None:

@@ -210,12 +210,12 @@ class Batches:
         return batch
 
 
-def moments(split: Split, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """Mean image and mean squared image (3, h, h), float64, of values in [0, 1]. Exact: sums of integers."""
+def pixel_sums(split: Split, chunk: int = 1024) -> Tensor:
+    """The sum of all images and that of their squares, (2, 3, h, h) int64, of values from 0 to 255."""
     import torch
 
-    sums = torch.zeros(2, 3, *split.image_shape[1:], dtype=torch.int64)
+    both = torch.zeros(2, 3, *split.image_shape[1:], dtype=torch.int64)
     for images in split.chunks(chunk):
         x = images.int()
-        sums += torch.stack([x.sum(dim=0), x.square().sum(dim=0)])
-    return sums[0].double() / (255 * len(split)), sums[1].double() / (255**2 * len(split))
+        both += torch.stack([x.sum(dim=0), x.square().sum(dim=0)])
+    return both

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dogvae import rng
-from dogvae.data.dataset import Batches, Dataset, Split, moments
+from dogvae.data.dataset import Batches, Dataset, Split, pixel_sums
 from dogvae.network import likelihood
 from dogvae.network.vae import VAE
 from dogvae.rng import Stream
@@ -119,7 +119,13 @@ def evaluate(
 
 
 def mean_error(dataset: Dataset) -> float:
-    """The mean squared error of the mean training image as the decoding of every validation image."""
-    prediction = moments(dataset.train)[0]
-    mean, mean_square = moments(dataset.val)
-    return float((mean_square - 2 * prediction * mean + prediction.square()).mean())
+    """The mean squared error of the mean training image as the decoding of every validation image.
+
+    It is the validation images' variance and the squared distance of the two means. Both come from integers, so they
+    are exactly 0 for images that do not differ.
+    """
+    n, m = len(dataset.train), len(dataset.val)
+    (train, _), (val, squares) = pixel_sums(dataset.train), pixel_sums(dataset.val)
+    variance = (m * squares - val.square()).double() / m**2
+    distance = (m * train - n * val).double() / (n * m)
+    return float((variance + distance.square()).mean()) / 255**2

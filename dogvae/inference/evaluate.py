@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dogvae import rng
+from dogvae.console import explained_text
 from dogvae.data.dataset import Dataset, Split
 from dogvae.errors import UsageError
 from dogvae.inference.elbo import evaluate, mean_error
@@ -43,7 +44,8 @@ def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, repo
     report("validation, part", 0, 2)
     figures: dict[str, Any] = {"images": len(val), **evaluate(net, val, model.device, sigma=model.sigma)}
     net.eval()
-    figures["explained"] = explained(figures.pop("error"), mean_error(dataset))
+    share = explained(figures.pop("error"), mean_error(dataset))
+    figures["explained"] = share if math.isfinite(share) else None  # JSON has no NaN
     report("validation, part", 1, 2)
     figures["ssim"] = _mean_ssim(net, val, model.device)
     figures |= bounds(model, val, samples, report)
@@ -188,7 +190,7 @@ def table(figures: dict[str, Any], samples: int) -> str:
             for prior, name in (("normal", "N(0, I)"), ("gaussian", "Gaussian"))
         ),
         ("bits per dimension", f"{figures['bits_per_dim']:.3f}"),
-        ("explained (0: the mean image, 1: perfect)", f"{figures['explained']:.3f}"),
+        ("explained (0: the mean image, 1: perfect)", explained_text(figures["explained"])),
         ("PSNR", f"{figures['psnr']:.2f} dB"),
         ("SSIM", f"{figures['ssim']:.3f}"),
         ("active latents", f"{figures['active_latents']}"),

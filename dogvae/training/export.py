@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dogvae import __version__
 from dogvae.config import Config
-from dogvae.console import Progress
+from dogvae.console import Progress, explained_text
 from dogvae.data.dataset import Dataset
 from dogvae.errors import UsageError
 from dogvae.inference.load import EXPORT as FOLDER
@@ -29,7 +29,6 @@ from dogvae.network.vae import VAE
 from dogvae.pictures import grid, png, to_uint8
 from dogvae.storage import Storage
 from dogvae.training.checkpoint import Checkpoints, part
-from dogvae.training.metrics import explained_text
 from dogvae.training.run_folder import CONFIG, open_run
 from dogvae.training.task import memory_format
 

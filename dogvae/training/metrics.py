@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dogvae.config import Config
-from dogvae.console import warn
+from dogvae.console import explained_text, warn
 from dogvae.json_text import parse
 from dogvae.storage import Storage
 from dogvae.training.tensorboard import EventFile
@@ -61,13 +61,6 @@ def describe(record: dict[str, Any]) -> str:
     loss, reconstruction, kl, explained, psnr = (record[f"val_{name}"] for name in names)
     terms = f"loss {loss:.0f} = reconstruction {reconstruction:.0f} + KL {kl:.0f}"
     return f"{terms}, explained {explained_text(explained)}, {psnr:.1f} dB"
-
-
-def explained_text(explained: float | None) -> str:
-    """`val_explained` in words; None, which JSON has for NaN, and NaN mean that it is not defined."""
-    if explained is None or math.isnan(explained):
-        return "not defined (the images do not differ)"
-    return f"{explained:.3f}"
 
 
 def json_ready(record: dict[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from PIL import Image
 
 import dogvae
 from dogvae.commands.python import as_flags
-from dogvae.console import stop_signals
 from dogvae.errors import UsageError
+from dogvae.signals import stop_signals
 from tests.support.cli import refused
 from tests.support.exports import Exported
 from tests.support.searches import FIVE, PLAN, SPACE, Spec, setting, write_search

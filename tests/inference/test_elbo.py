@@ -89,6 +89,12 @@ def test_mean_error_is_that_of_the_mean_training_image(write_dataset: Writer) ->
     assert mean_error(Dataset(write_dataset([train], [val]))) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("grey", [1, 128, 211])
+def test_mean_error_of_images_that_do_not_differ_is_0(grey: int, write_dataset: Writer) -> None:
+    train, val = (np.full((n, 3, 32, 32), grey, np.uint8) for n in (7, 3))
+    assert mean_error(Dataset(write_dataset([train], [val]))) == 0
+
+
 def test_validation_noise_of_several_chunks_is_that_of_each() -> None:
     """A GPU validates several chunks at a time."""
     noise = ValidationNoise((3, 2, 2), CPU)

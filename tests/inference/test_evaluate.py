@@ -373,6 +373,17 @@ def test_command_prints_the_table_or_json_and_nothing_else(
     assert json.loads(out) == figures
 
 
+def test_explained_is_not_defined_for_images_that_do_not_differ(
+    exported: Exported, write_dataset: Writer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    grey = write_dataset([np.full((4, 3, 32, 32), 128, np.uint8)], [np.full((2, 3, 32, 32), 128, np.uint8)])
+    args = ("evaluate", exported.folder, grey, "--no-inception", "--samples", SAMPLES, "--device", "cpu")
+    code, out, _ = dogvae(capfd, *args)
+    assert (code, "not defined (the images do not differ)" in out) == (0, True)
+    code, out, _ = dogvae(capfd, *args, "--json")
+    assert json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["explained"] is None
+
+
 def test_json_is_all_of_the_output_also_if_a_download_fails(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
