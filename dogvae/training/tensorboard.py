@@ -15,10 +15,10 @@ import numpy as np
 
 from dogvae.storage import Storage
 
-# TensorBoard sorts groups by name: `train` and `val` come first, and all other numbers of a record behind them.
+# TensorBoard sorts groups by name: `train` and `val` come first, then pictures and all other numbers of a record.
 SHOWN_FIRST = {"train_loss", "train_reconstruction", "train_kl", "val_loss", "val_reconstruction", "val_kl"}
 SHOWN_FIRST |= {"val_explained", "val_psnr", "val_gaussian_loss"}
-OTHERS = "workings"
+PICTURES, OTHERS = "view", "workings"
 
 
 def tag_of(name: str) -> str:
@@ -64,7 +64,7 @@ class EventFile:
                 self._add(step, summary=summary.scalar(tag_of(name), value))
         for name, picture in pictures.items():
             image = summary.image("picture", picture)
-            image.value[0].tag = name  # `summary.image` would replace its spaces and brackets
+            image.value[0].tag = f"{PICTURES}/{name}"  # `summary.image` would replace its spaces and brackets
             self._add(step, summary=image)
         self._events.flush()
         self._upload()

@@ -72,7 +72,7 @@ def test_run_folder_has_metrics_curves_pictures_and_checkpoints(trained: Path) -
     board = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0}).Reload()
     assert [e.value for e in board.Scalars("val/loss")] == pytest.approx([r["val_loss"] for r in lines])
     for picture in ("reconstructions", "samples, fitted prior", "samples, N(0, I)", "walk"):
-        assert [e.step for e in board.Images(picture)] == [1, 2]
+        assert [e.step for e in board.Images(f"view/{picture}")] == [1, 2]
     with Image.open(run / "results.png") as page:
         assert page.width == 1400
     assert len(list((run / "checkpoints").glob("step-*.safetensors"))) == 2

@@ -61,8 +61,8 @@ def check_tensorboard(folder: Path, records: list[dict[str, Any]], pictures: dic
     for tag, name in TAGS.items():
         got = [(event.step, event.value) for event in events.Scalars(tag)]
         assert got == [(r["epoch"] + 1, pytest.approx(r[name], rel=1e-6)) for r in records]
-    assert events.Tags()["images"] == [NORMAL] * bool(pictures)
-    images = events.Images(NORMAL) if pictures else []
+    assert events.Tags()["images"] == [f"view/{NORMAL}"] * bool(pictures)
+    images = events.Images(f"view/{NORMAL}") if pictures else []
     assert [image.step for image in images] == [epoch + 1 for epoch in pictures]
     for image in images:
         pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))

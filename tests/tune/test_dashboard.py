@@ -92,7 +92,7 @@ def test_pages_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         address = links["settings"].partition("#")[0]
         family = command.family()
         for name in NAMES:  # a page does not update by itself: wait until TensorBoard has read everything
-            last = f"{address}data/plugin/images/images?run={name}&tag=walk&sample=0"
+            last = f"{address}data/plugin/images/images?run={name}&tag=view/walk&sample=0"
             wait_until(lambda last=last: len(get(last)) == EPOCHS, 60)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
