@@ -9,8 +9,9 @@ import tarfile
 from collections.abc import Iterator
 from functools import partial
 
-from dogvae.data.photos import MAX_BYTES, Entry, FileSource, Rejected, is_hidden, reason_of
+from dogvae.data.photos import HEIC_SUFFIXES, Entry, FileSource, Rejected, is_hidden, reads_heic, reason_of
 from dogvae.errors import UsageError
+from dogvae.user_file import open_file, refusal
 
 
 class Folder(FileSource):
@@ -25,6 +26,8 @@ class Folder(FileSource):
         for entry in self.entries():
             self._count += 1
             state = entry.reason if isinstance(entry, Rejected) else f"{entry.size}\0{entry.mtime_ns}"
+            if entry.path.lower().endswith(tuple(HEIC_SUFFIXES)) and reads_heic():
+                state += "\0heic"  # to prepare the folder again once the extra is installed
             digest.update(f"{entry.path}\0{state}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
@@ -37,6 +40,10 @@ class Folder(FileSource):
             where = os.path.join(self.name, path)
             try:
                 status = os.stat(where)
+                if reason := refusal(status):
+                    if self._is_wanted(path):
+                        yield Rejected(path, reason)
+                    continue
                 if stat.S_ISDIR(status.st_mode):
                     first = seen.setdefault((status.st_dev, status.st_ino), path)
                     if first != path:
@@ -54,10 +61,7 @@ class Folder(FileSource):
                 continue
             self.progress = done / self._count if self._count else 0.0
             done += 1
-            if stat.S_ISREG(status.st_mode):
-                yield Entry(path, status.st_size, partial(_read_file, where), status.st_mtime_ns)
-            else:
-                yield Rejected(path, "not a regular file")
+            yield Entry(path, status.st_size, partial(open_file, where), status.st_mtime_ns)
 
     def _is_wanted(self, path: str) -> bool:
         return True
@@ -87,8 +91,3 @@ def open_oxford_pets(folder: str, crop: str) -> OxfordPets:
                 f" images.tar.gz and annotations.tar.gz of Oxford-IIIT Pet, unpacked, into {base}"
             ) from error
     return OxfordPets(base, crop)
-
-
-def _read_file(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(MAX_BYTES + 1)

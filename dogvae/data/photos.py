@@ -6,6 +6,7 @@ Nothing is decoded here, and neither Ray, torch nor Pillow is imported.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import lzma
 import os
 import struct
@@ -14,25 +15,28 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from xml.etree import ElementTree
 
 from dogvae.errors import UsageError
+from dogvae.user_file import MAX_BYTES, read_at_most
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 Boxes = tuple[Box, ...]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp"}
-MAX_BYTES = 256 * 2**20  # of one photo: an archive can declare any size
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff"}
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
+HEIC_EXTRA = "HEIC is read after: pip install 'dogvae[heic]'"
 MAX_HEADER_BYTES = 2**20  # of one annotation, or of one long name in a tar
 
 # Everything that zipfile, tarfile and their decompressors raise on a damaged file.
 READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
-READ_ERRORS += (lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
-ANNOTATION_ERRORS: tuple[type[Exception], ...] = (*READ_ERRORS, ElementTree.ParseError, ArithmeticError, LookupError)
+READ_ERRORS += (lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, ArithmeticError, LookupError)
+ANNOTATION_ERRORS: tuple[type[Exception], ...] = (*READ_ERRORS, ElementTree.ParseError)
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,11 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Entry:
-    """A regular file in a source. `read` returns its bytes, but at most `MAX_BYTES + 1` of them."""
+    """A regular file in a source. `open` opens it to read its bytes; `size` is what its folder or archive declares."""
 
     path: str
     size: int
-    read: Callable[[], bytes]
+    open: Callable[[], IO[bytes]]
     mtime_ns: int = 0
 
 
@@ -96,7 +100,7 @@ class UnreadPhoto:
     def read(self) -> Photo | Rejected:
         """The photo, or why it cannot be read."""
         try:
-            return Photo(self.entry.path, _read(self.entry, MAX_BYTES), self.boxes)
+            return Photo(self.entry.path, read_at_most(self.entry.open, self.entry.size, MAX_BYTES), self.boxes)
         except READ_ERRORS as error:
             return Rejected(self.entry.path, reason_of(error))
 
@@ -150,7 +154,12 @@ class FileSource(Source):
 
     def _photo(self, entry: Entry, boxes: dict[str, dict[str, Boxes | str]] | None) -> UnreadPhoto | Rejected:
         path = PurePosixPath(entry.path)
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        suffix = path.suffix.lower()
+        if suffix in HEIC_SUFFIXES and not reads_heic():
+            return Rejected(entry.path, f"suffix {path.suffix!r}: {HEIC_EXTRA}")
+        if suffix == ".jxl":
+            return Rejected(entry.path, f"suffix {path.suffix!r}: JPEG XL is not read; convert it to JPEG or PNG")
+        if suffix not in IMAGE_SUFFIXES | HEIC_SUFFIXES:
             return Rejected(entry.path, f"suffix {path.suffix!r} is not an image's")
         found: Boxes | str = ()
         if boxes is not None:
@@ -175,13 +184,19 @@ class FileSource(Source):
                     continue
                 found: Boxes | str
                 try:
-                    found = _parse_boxes(_read(entry, MAX_HEADER_BYTES))
+                    found = _parse_boxes(read_at_most(entry.open, entry.size, MAX_HEADER_BYTES))
                 except ANNOTATION_ERRORS as error:
                     found = f"bad annotation {entry.path}: {reason_of(error)}"
                 boxes.setdefault(name, {})[path.parent.name] = found
         if not boxes:
             raise UsageError(f"--crop box: {self.name} has no Annotation folder with bounding boxes; use --crop center")
         return boxes
+
+
+@lru_cache(maxsize=1)
+def reads_heic() -> bool:
+    """Whether the extra `heic` is installed."""
+    return importlib.util.find_spec("pillow_heif") is not None
 
 
 def is_hidden(name: str) -> bool:
@@ -191,15 +206,6 @@ def is_hidden(name: str) -> bool:
 
 def _is_annotation(path: str) -> bool:
     return any(part.lower() in ("annotation", "annotations") for part in path.split("/")[:-1])
-
-
-def _read(entry: Entry, limit: int) -> bytes:
-    """The bytes of a file or member; ValueError if there are none or more than `limit`."""
-    if entry.size > limit or len(data := entry.read()) > limit:
-        raise ValueError(f"over {limit // 2**20} MB")
-    if not data:
-        raise ValueError("empty file")
-    return data
 
 
 def _parse_boxes(xml: bytes) -> Boxes:

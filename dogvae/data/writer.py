@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dogvae.data.atomic import sync_file
+from dogvae.data.duplicates import NearDuplicates
 from dogvae.data.manifest import FORMAT, MANIFEST, VERSION, fingerprint
-from dogvae.data.photos import Box
+from dogvae.data.photos import HEIC_EXTRA, Box
 from dogvae.data.split import assign_splits
 from dogvae.errors import UsageError
 
@@ -28,9 +29,15 @@ class Row(NamedTuple):
     path: str
     box: Box | None
     digest: bytes
-    """SHA-256 of the photo's bytes, which decides its split."""
+    """SHA-256 of the photo's bytes, which decides its split; for a near-duplicate that of the first such photo."""
     pixels: np.ndarray | str
     """(3, size, size) uint8; for a rejected file the reason."""
+    signature: bytes = b""
+    """What `duplicates.signatures` gives for the pixels; empty for drawn dogs, which are all different."""
+    bad_profile: bool = False
+    """Whether this is the first image of a photo whose colour profile was ignored."""
+    duplicate_of: str = ""
+    """Path of the first photo that this one resembles."""
 
 
 class _SplitWriter:
@@ -78,26 +85,31 @@ def write_dataset(
     """
     size, val_fraction = settings["size"], settings["val_fraction"]
     splits = {name: _SplitWriter(folder, name, size) for name in ("train", "val")}
-    rejected = 0
+    rejected = bad_profiles = 0
     example: Row | None = None
+    grouped = NearDuplicates(rows, val_fraction)
     with (
-        _table(folder / "index.csv", "image_id", "source_path", "box", "split") as index,
+        _table(folder / "index.csv", "image_id", "source_path", "box", "split", "duplicate_of") as index,
         _table(folder / "rejected.csv", "path", "reason") as reasons,
     ):
 
         def usable() -> Iterator[Row]:
-            nonlocal rejected, example
-            for row in rows:
+            nonlocal rejected, bad_profiles, example
+            for row in grouped:
                 if isinstance(row.pixels, str):
                     reasons.writerow([row.path, row.pixels])
-                    rejected, example = rejected + 1, example or row
+                    rejected += 1
+                    # Of a folder of HEIC photos and their sidecar files, a photo shows what to do.
+                    if example is None or (HEIC_EXTRA in row.pixels and HEIC_EXTRA not in str(example.pixels)):
+                        example = row
                 else:
+                    bad_profiles += row.bad_profile
                     yield row
 
         for split, row in assign_splits(usable(), val_fraction):
             assert not isinstance(row.pixels, str)
             box = " ".join(map(str, row.box)) if row.box else ""
-            index.writerow([splits[split].add(row.pixels), row.path, box, split])
+            index.writerow([splits[split].add(row.pixels), row.path, box, split, row.duplicate_of])
     if not splits["val"].count:
         why = f": all {rejected} files were rejected, for example {example.path}: {example.pixels}" if example else ""
         raise UsageError(f"SOURCE {source['name']} has no usable photo{why}")
@@ -119,6 +131,8 @@ def write_dataset(
         "settings": settings,
         "source": source,
         "rejected": rejected,
+        "near_duplicates": grouped.count,
+        "bad_profiles": bad_profiles,
     }
     with (folder / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=1)

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from dogvae.data.decode import crop_square, crops, to_rgb
-from dogvae.data.photos import Photo
+from dogvae.data.decode import crop_square, crops
+from dogvae.data.photos import Photo, reason_of
+from dogvae.data.rgb import to_rgb
 from dogvae.errors import UsageError
+from dogvae.user_file import read_file
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Pictures = Picture | Sequence[Picture]
@@ -52,13 +54,12 @@ def photo(data: bytes, name: str, size: int) -> np.ndarray:
 def _pixels(picture: Any, size: int) -> np.ndarray:
     if isinstance(picture, str | Path):
         try:
-            return photo(Path(picture).read_bytes(), str(picture), size)
+            data = read_file(picture)
         except OSError as error:
-            raise UsageError(f"{picture} cannot be read: {error.strerror}") from error
+            raise UsageError(f"{picture} cannot be read: {reason_of(error)}") from error
         except ValueError as error:
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(f"{picture!r} cannot be read: {error}") from error
+            raise UsageError(f"{str(picture)!r} cannot be read: {error}") from error
+        return photo(data, str(picture), size)
     if isinstance(picture, np.ndarray | Tensor):
         picture = Image.fromarray(_bytes(picture))
     if not isinstance(picture, Image.Image):
@@ -66,8 +67,7 @@ def _pixels(picture: Any, size: int) -> np.ndarray:
     if not (picture.width and picture.height):
         raise UsageError(f"an image of {picture.width} x {picture.height} pixels is not a picture")
     try:
-        upright = ImageOps.exif_transpose(picture)  # the camera's orientation, as for a path
-        _, decoded = crop_square(to_rgb(upright), size, None)
+        _, decoded = crop_square(to_rgb(picture).image, size, None)
     except OSError as error:  # PIL decodes an opened image only now
         raise UsageError(f"an image cannot be used: {error}") from error
     assert isinstance(decoded, np.ndarray)

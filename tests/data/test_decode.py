@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dogvae.data.decode import crops, to_rgb
+from dogvae.data.decode import crops
 from dogvae.data.drawn import draw
 from dogvae.data.photos import Box, Drawing, Photo
+from dogvae.data.rgb import to_rgb
 
 
 def encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -106,11 +107,11 @@ def test_upper_8_of_16_bits_are_kept() -> None:
     for mode in ("I;16", "I;16B"):
         stored = ramp.astype(">u2" if mode == "I;16B" else "<u2")
         image = Image.frombytes(mode, (32, 32), stored.tobytes())
-        np.testing.assert_array_equal(np.asarray(to_rgb(image))[..., 0], expected)
+        np.testing.assert_array_equal(np.asarray(to_rgb(image).image)[..., 0], expected)
     wide = Image.fromarray(np.array([[-5, 0, 256, 65535, 70000]], np.int32))
-    assert np.asarray(to_rgb(wide))[0, :, 0].tolist() == [0, 0, 1, 255, 255]
+    assert np.asarray(to_rgb(wide).image)[0, :, 0].tolist() == [0, 0, 1, 255, 255]
     floats = Image.fromarray(np.array([[-5.0, 0, 1, 254, 300]], np.float32))
-    assert np.asarray(to_rgb(floats))[0, :, 0].tolist() == [0, 0, 1, 254, 255]
+    assert np.asarray(to_rgb(floats).image)[0, :, 0].tolist() == [0, 0, 1, 254, 255]
 
 
 def test_cmyk_jpeg_becomes_rgb() -> None:
@@ -130,9 +131,11 @@ def test_grey_and_1_bit_images_and_first_frames_are_decoded() -> None:
         assert decode(data)[:, 5, 5].tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (1, 1), (3, 2)])
-def test_thin_and_tiny_images_are_resized(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(16, 5000), (5000, 16), (16, 16)])
+def test_thin_images_are_resized_and_icons_rejected(shape: tuple[int, int]) -> None:
     assert colours(decode(encode(Image.new("RGB", shape, (1, 2, 3))), 128)) == [[1, 2, 3]]
+    icon = (shape[0] - 1, shape[1] - 1)
+    assert reason(encode(Image.new("RGB", icon))) == f"{icon[0]} x {icon[1]} pixels: a side is under 16"
 
 
 def test_jpeg_decoded_at_a_reduced_scale_is_close_to_full_scale() -> None:
@@ -143,17 +146,41 @@ def test_jpeg_decoded_at_a_reduced_scale_is_close_to_full_scale() -> None:
     assert np.abs(decode(data, 64).astype(int) - exact).mean() < 1
 
 
-def test_boxes_are_clipped_and_cut_before_resizing() -> None:
-    image = Image.new("RGB", (100, 80), "black")
-    image.paste((255, 0, 0), (10, 20, 42, 52))
-    image.paste((0, 255, 0), (80, 60, 100, 80))
-    boxes = ((10, 20, 42, 52), (80, 60, 120, 999), (50, 50, 50, 60), (200, 0, 210, 10))
-    red, lime, empty, outside = crops(Photo("x", encode(image), boxes), 32)
-    assert [red[0], lime[0], empty[0], outside[0]] == list(boxes)
-    assert colours(red[1]) == [[255, 0, 0]]
-    assert colours(lime[1]) == [[0, 255, 0]]
-    assert empty[1] == "box (50, 50, 50, 60) is empty or outside the image (100 x 80 pixels)"
-    assert outside[1] == "box (200, 0, 210, 10) is empty or outside the image (100 x 80 pixels)"
+def test_unusable_boxes_are_rejected_with_the_reason() -> None:
+    boxes = ((50, 50, 50, 60), (200, 0, 210, 10), (0, 0, 31, 80), (-99, 20, 31, 70), (0, 0, 160, 40), (0, 0, 161, 40))
+    found = crops(Photo("x", encode(noise(180, 80)), boxes), 32)
+    assert [box for box, _ in found] == list(boxes)
+    assert [pixels if isinstance(pixels, str) else "" for _, pixels in found] == [
+        "box (50, 50, 50, 60) is empty or outside the image (180 x 80 pixels)",
+        "box (200, 0, 210, 10) is empty or outside the image (180 x 80 pixels)",
+        "box (0, 0, 31, 80) has a side under 32 pixels",
+        "box (-99, 20, 31, 70) has a side under 32 pixels",
+        "",
+        "box (0, 0, 161, 40) is over 4 times as long as it is wide",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("box", "columns", "rows"),
+    [
+        ((40, 30, 72, 62), (40, 72), (30, 62)),  # square, not at a border: as it is
+        ((0, 30, 64, 62), (0, 64), (14, 78)),  # long: the whole box, and as much above as below
+        ((90, 4, 122, 68), (66, 130), (4, 68)),  # tall, near the right border: moved into the image
+        ((20, -50, 84, 40), (20, 84), (0, 64)),  # beyond the top: clipped, and moved down
+        ((4, 0, 124, 100), (4, 124), (-10, 110)),  # longer than the image is high: continued by reflection
+    ],
+)
+def test_square_of_a_box_keeps_the_whole_box(box: Box, columns: tuple[int, int], rows: tuple[int, int]) -> None:
+    image = noise(130, 100)
+    reflected = np.pad(np.asarray(image), ((50, 50), (50, 50), (0, 0)), mode="reflect")
+    square = reflected[rows[0] + 50 : rows[1] + 50, columns[0] + 50 : columns[1] + 50]
+    for flip in (False, True):
+        photo, wanted, sides = image, square, box
+        if flip:
+            photo, wanted = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), square[:, ::-1]
+            sides = (130 - box[2], box[1], 130 - box[0], box[3])
+        exact = Image.fromarray(wanted).resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        np.testing.assert_array_equal(decode(encode(photo), boxes=(sides,)), np.asarray(exact).transpose(2, 0, 1))
 
 
 def test_drawn_dog_is_drawn_at_twice_the_size() -> None:
@@ -174,14 +201,13 @@ def test_damaged_and_oversized_files_give_a_reason() -> None:
     assert "truncated" in reason(bmp[: len(bmp) // 2])
     assert "exceeds limit of 89478485 pixels" in reason(png(10_000, 10_000, b""))
     assert "exceeds limit" in reason(png(65_535, 65_535, zlib.compress(b"")))
-    assert reason(b"junk") == "not an image of a known format (JPEG, PNG, WEBP, GIF, BMP)"
-    assert reason(encode(noise(20, 20), "TIFF")).startswith("not an image of a known format")
+    assert reason(b"junk") == "not an image of a known format (JPEG, PNG, WEBP, GIF, BMP, AVIF, TIFF)"
     assert reason(encode(noise(20, 20), "EPS")).startswith("not an image of a known format")
     assert reason(png(0, 5, b""))
     assert reason(png(5, 5, b"no zlib"))
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "TIFF"])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_damaged_bytes_never_raise(format: str, data: st.DataObject) -> None:
@@ -200,14 +226,16 @@ MODES = {
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
     "JPEG": ("L", "RGB", "CMYK", "YCbCr"),
     "WEBP": ("RGB", "RGBA"),
+    "AVIF": ("RGB", "RGBA"),
+    "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK", "LAB", "YCbCr"),
 }
 
 
 @settings(max_examples=80, deadline=None)
 @given(
     st.sampled_from([(format, mode) for format, modes in MODES.items() for mode in modes]),
-    st.integers(1, 300),
-    st.integers(1, 300),
+    st.integers(16, 300),
+    st.integers(16, 300),
     st.sampled_from([32, 64, 128]),
 )
 def test_any_mode_and_size_can_be_decoded(kind: tuple[str, str], width: int, height: int, size: int) -> None:
@@ -219,4 +247,4 @@ def test_any_mode_and_size_can_be_decoded(kind: tuple[str, str], width: int, hei
 
 @pytest.mark.parametrize("mode", sorted(set(Image.MODES) - {"La"}))  # no file has mode La
 def test_every_mode_of_pillow_becomes_rgb(mode: str) -> None:
-    assert to_rgb(Image.new(mode, (3, 2))).mode == "RGB"
+    assert to_rgb(Image.new(mode, (3, 2))).image.mode == "RGB"

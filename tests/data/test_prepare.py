@@ -25,6 +25,7 @@ from dogvae.data import prepare as module
 from dogvae.data import writer
 from dogvae.data.atomic import atomic_folder
 from dogvae.data.dataset import Dataset
+from dogvae.data.drawn import draw
 from dogvae.data.photos import Drawing, Photo, Rejected, Source
 from dogvae.data.prepare import cached, prepare
 from dogvae.errors import UsageError
@@ -108,7 +109,7 @@ def test_files_of_a_dataset_are_as_documented(tmp_path: Path, monkeypatch: pytes
             assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     assert len(manifest["splits"]["train"]["shards"]) > 1
     assert {row["path"]: row["reason"] for row in table(tmp_path / "out/rejected.csv")} == {
-        "bad.jpg": "not an image of a known format (JPEG, PNG, WEBP, GIF, BMP)",
+        "bad.jpg": "not an image of a known format (JPEG, PNG, WEBP, GIF, BMP, AVIF, TIFF)",
         "x,\n.txt": "suffix '.txt' is not an image's",
     }
 
@@ -120,18 +121,35 @@ def test_files_of_a_dataset_are_as_documented(tmp_path: Path, monkeypatch: pytes
 
 
 def test_boxes_of_a_photo_are_in_the_same_split(tmp_path: Path) -> None:
-    xml = "<bndbox><xmin>{0}</xmin><ymin>0</ymin><xmax>{1}</xmax><ymax>32</ymax></bndbox>"
-    source = grey_photos(tmp_path / "dogs", 20)
+    xml = "<bndbox><xmin>{0}</xmin><ymin>0</ymin><xmax>{1}</xmax><ymax>64</ymax></bndbox>"
+    source = grey_photos(tmp_path / "dogs", 20, side=96)
     (source / "Annotation").mkdir()
     for i in range(19):
-        boxes = "".join(xml.format(*sides) for sides in ((0, 16), (16, 40), (50, 60)))
+        boxes = "".join(xml.format(*sides) for sides in ((0, 40), (32, 128), (150, 190)))
         (source / f"Annotation/{i:03d}").write_text(f"<a>{boxes}</a>")
     prepare(str(source), tmp_path / "out", size=32, crop="box", val_fraction=0.3)
     rows = table(tmp_path / "out/index.csv")
-    assert [row["box"] for row in rows] == ["0 0 16 32", "16 0 40 32"] * 19
+    assert [row["box"] for row in rows] == ["0 0 40 64", "32 0 128 64"] * 19
     assert all(a["split"] == b["split"] for a, b in zip(rows[::2], rows[1::2], strict=True))
     reasons = [row["reason"] for row in table(tmp_path / "out/rejected.csv")]
-    assert reasons == ["box (50, 0, 60, 32) is empty or outside the image (32 x 32 pixels)"] * 19 + ["no bounding box"]
+    assert reasons == ["box (150, 0, 190, 64) is empty or outside the image (96 x 96 pixels)"] * 19 + [
+        "no bounding box"
+    ]
+
+
+def test_last_line_counts_near_duplicates_and_damaged_profiles(tmp_path: Path, capsys: Any) -> None:
+    (source := tmp_path / "photos").mkdir()
+    for i in range(9):
+        draw(i, 0, 96).save(source / f"{i}.png", icc_profile=b"junk" if i == 3 else None)
+        if i in (0, 4):
+            draw(i, 0, 160).save(source / f"{i}-copy.jpg", quality=60)
+    for _ in range(2):
+        prepare(str(source), tmp_path / "out", size=32, val_fraction=0.3)
+        assert (
+            ", 2 near-duplicates kept on one side, 1 damaged colour profiles ignored, 0 rej" in capsys.readouterr().out
+        )
+    found = [(row["source_path"], row["duplicate_of"]) for row in table(tmp_path / "out/index.csv")]
+    assert [pair for pair in found if pair[1]] == [("0.png", "0-copy.jpg"), ("4.png", "4-copy.jpg")]
 
 
 def test_file_name_that_is_not_utf8_is_written_escaped(tmp_path: Path) -> None:
@@ -342,7 +360,7 @@ def test_source_without_two_usable_photos_is_refused_and_leaves_nothing(tmp_path
     with pytest.raises(UsageError, match=r"no usable photo: all 1 files were rejected, for example a\.jpg: not an im"):
         prepare(str(source), tmp_path / "out")
     for name in ("b.png", "c.png"):
-        Image.new("RGB", (9, 9)).save(source / name)
+        Image.new("RGB", (20, 20)).save(source / name)
     with pytest.raises(UsageError, match=r"all 2 usable images .* at least two different photos"):
         prepare(str(source), tmp_path / "out")
     assert names(tmp_path) == ["photos"]

@@ -24,11 +24,11 @@ def noise(n: int, seed: int = 0, side: int = 32) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, 3, side, side), np.uint8)
 
 
-def grey_photos(root: Path, count: int, start: int = 0) -> Path:
-    """PNGs of 32 x 32 pixels, each of a single grey value, its number: an image says which photo it was."""
+def grey_photos(root: Path, count: int, start: int = 0, side: int = 32) -> Path:
+    """PNGs of `side` x `side` pixels, each of a single grey value, its number: an image says which photo it was."""
     root.mkdir(exist_ok=True)
     for i in range(start, start + count):
-        Image.new("RGB", (32, 32), (i, i, i)).save(root / f"{i:03d}.png")
+        Image.new("RGB", (side, side), (i, i, i)).save(root / f"{i:03d}.png")
     return root
 
 
