@@ -290,7 +290,7 @@ def test_interrupted_run_leaves_no_dataset_and_the_next_one_cleans_up(tmp_path: 
 
 def test_python_that_workers_cannot_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tasks wait for CPUs that are never free, as they wait where Ray cannot start its processes."""
-    held = ray.remote(num_cpus=2)(time.sleep).remote(60)
+    held = ray.remote(num_cpus=2)(lambda: time.sleep(60)).remote()
     time.sleep(1)
     monkeypatch.setattr(module, "START_S", 0.5)
     monkeypatch.setattr(sys, "executable", "/root/nobody/python")

@@ -401,7 +401,7 @@ def test_command_refuses_mistakes_with_one_line(
     other = write_dataset([np.zeros((4, 3, 64, 64), np.uint8)], [np.zeros((2, 3, 64, 64), np.uint8)])
     folder, dataset = exported.folder, exported.dataset
     for argv, text in (
-        ((exported.run, dataset), "the export of a run is in RUN/export"),
+        ((tmp_path, dataset), "is not an exported model: it has no config.json"),
         ((folder, tmp_path / "nowhere"), "nowhere"),
         ((folder, folder), str(folder)),
         ((folder, other), "images of 64 pixels, this model needs 32"),
