@@ -192,7 +192,7 @@ def test_unusable_argument_is_refused_with_one_line(
 
 
 def test_folder_without_an_export_is_refused(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"{exported.run} is not an exported model" in refused(capsys, "playground", exported.run)
+    assert f"{exported.dataset} is not an exported model" in refused(capsys, "playground", exported.dataset)
 
 
 def test_port_in_use_is_refused(server: Playground, exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
