@@ -33,6 +33,8 @@ def sparse(folder: Path, images: int, shard: int = SHARD) -> Path:
     """A prepared dataset of black images that takes no room on the disk: only the headers are written."""
     import numpy as np
 
+    from dogvae.data.manifest import fingerprint
+
     folder.mkdir(parents=True)
 
     def write(name: str, count: int) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def sparse(folder: Path, images: int, shard: int = SHARD) -> Path:
         with (folder / name).open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             file.truncate(file.tell() + count * 3 * SIZE * SIZE)
-            return {"file": name, "count": count, "bytes": file.seek(0, 2), "sha256": ""}
+            return {"file": name, "count": count, "bytes": file.seek(0, 2), "sha256": 64 * "0"}
 
     counts = [min(shard, images - start) for start in range(0, images, shard)]
     train = [write(f"train-{i:05d}.npy", count) for i, count in enumerate(counts)]
@@ -49,7 +51,7 @@ def sparse(folder: Path, images: int, shard: int = SHARD) -> Path:
         "val": {"count": 1, "shards": [write("val-00000.npy", 1)]},
     }
     about = {"format": "dogvae-dataset", "version": 1, "size": SIZE, "settings": {}, "rejected": 0}
-    about["fingerprint"] = 64 * "0"
+    about["fingerprint"] = fingerprint(SIZE, splits)
     (folder / "manifest.json").write_text(json.dumps({**about, "source": {}, "splits": splits}))
     return folder
 
