@@ -81,14 +81,18 @@ class SearchProgress:
             return "time is up: stopping after a checkpoint of each trial; Ctrl-C stops at once"
         return "stopping after a checkpoint of each trial; Ctrl-C again stops at once"
 
+    def _say_news(self, events: Any, received: list[int], end: float) -> None:
+        """Pass on the wish to stop, and print what is new."""
+        if line := self._request_stop(events, received, end):
+            say(line)
+        while self._notes:
+            say(self._notes.pop(0))
+
     def _plain(self, fit: Future[Any], events: Any, received: list[int], end: float) -> None:
         printed = time.monotonic()
         while True:
             last = fit.done()
-            if line := self._request_stop(events, received, end):
-                say(line)
-            while self._notes:
-                say(self._notes.pop(0))
+            self._say_news(events, received, end)
             while self._to_announce:
                 say(f"{self._describe(self.entries[self._to_announce.pop(0)])}; {self._summary()}")
                 printed = time.monotonic()
@@ -123,10 +127,7 @@ class SearchProgress:
         assert cell
         while True:
             last = fit.done()
-            if line := self._request_stop(events, received, end):
-                say(line)
-            while self._notes:
-                say(self._notes.pop(0))
+            self._say_news(events, received, end)
             text = io.StringIO()
             Console(file=text, width=columns, force_terminal=False, force_jupyter=False).print(self._table(rows))
             cell.show(text.getvalue())
