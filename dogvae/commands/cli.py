@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
         "--inception",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also compute the Frechet distance of an Inception network, which is downloaded once (default: yes)",
+        help="also compute FID, by the Inception network of published figures, which is downloaded once (default: yes)",
     )
     playground = add_playing("playground", _playground, "play with the model in the browser")
     playground.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from dogvae.data.dataset import Dataset, Split
 from dogvae.errors import UsageError
 from dogvae.inference.elbo import evaluate, mean_error
 from dogvae.inference.features import Kinds, Report, collect, distances
+from dogvae.inference.inception import load_inception
 from dogvae.inference.model import DogVAE
 from dogvae.inference.priors import DENSITIES
 from dogvae.inference.verdict import judge_rows, rounded, verdict
@@ -26,7 +27,6 @@ from dogvae.rng import Stream
 
 SAMPLED = 2048  # pictures of each kind in a Frechet distance, which depends on their number
 CHUNK = 32  # images that a network gets at a time
-INCEPTION_SIDE = 299
 
 
 def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, report: Report) -> dict[str, Any]:
@@ -60,12 +60,11 @@ def measure(model: DogVAE, dataset: Dataset, samples: int, inception: bool, repo
     figures["frechet_inception"], figures["without_inception"] = None, None
     if inception:
         try:
-            network = _inception(model.device)
-        except (OSError, RuntimeError) as error:  # RuntimeError: the download has a wrong checksum
-            reason = getattr(error, "reason", error)
-            figures["without_inception"] = f"the Inception network's weights could not be downloaded: {reason}"
+            network = load_inception(model.device)
+        except UsageError as error:
+            figures["without_inception"] = str(error)
         else:
-            figures["frechet_inception"] = distances(collect(kinds, n, network, "Frechet distance", report))
+            figures["frechet_inception"] = distances(collect(kinds, n, network, "FID", report))
     return figures
 
 
@@ -151,33 +150,6 @@ def _drawn(model: DogVAE, n: int, prior: str) -> Iterator[Tensor]:
             yield rounded(model.model.decode_mean(z.to(model.device)))
 
 
-def _inception(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function from images (b, 3, h, h) in [0, 1] to the (b, 2048) inputs of the classifier of Inception v3.
-
-    The weights are torchvision's and are downloaded once, so the distances do not compare with published ones.
-    """
-    import socket
-
-    from torchvision.models import Inception_V3_Weights, inception_v3
-
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)
-    try:
-        network = inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1, progress=False)
-    finally:
-        socket.setdefaulttimeout(before)
-    network.fc = torch.nn.Identity()
-    network.eval().to(device)
-
-    def features(x: Tensor) -> Tensor:
-        side = (INCEPTION_SIDE, INCEPTION_SIDE)
-        x = F.interpolate(x.to(device), side, mode="bilinear", antialias=True, align_corners=False)
-        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        return network((x - mean.to(x)[:, None, None]) / std.to(x)[:, None, None])
-
-    return features
-
-
 def table(figures: dict[str, Any], samples: int) -> str:
     """The figures of `measure` as a table for people."""
     rows = [
@@ -195,7 +167,7 @@ def table(figures: dict[str, Any], samples: int) -> str:
         ("SSIM", f"{figures['ssim']:.3f}"),
         ("active latents", f"{figures['active_latents']}"),
     ]
-    for key, name in (("frechet", "Frechet distance, encoder"), ("frechet_inception", "Frechet distance, Inception")):
+    for key, name in (("frechet", "Frechet distance, encoder"), ("frechet_inception", "FID")):
         for kind, value in (figures[key] or {}).items():
             rows.append((f"{name}: {kind if kind == 'training' else 'samples, ' + kind}", f"{value:,.1f}"))
     rows += judge_rows(figures)

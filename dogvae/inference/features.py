@@ -33,9 +33,12 @@ def distances(features: dict[str, Tensor]) -> dict[str, float]:
 
 
 def frechet(a_nd: Tensor, b_md: Tensor) -> float:
-    """Frechet distance of two Gaussians that have the moments of two sets of features (Heusel et al. 2017, eq. 6)."""
+    """Frechet distance of two Gaussians that have the moments of two sets of features (Heusel et al. 2017, eq. 6).
+
+    Covariances are unbiased, as in published distances. That of a single point is 0.
+    """
     a, b = a_nd.double(), b_md.double()
-    cov_a, cov_b = (torch.cov(x.T, correction=0) for x in (a, b))
+    cov_a, cov_b = (torch.cov(x.T, correction=min(1, len(x) - 1)) for x in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     # The trace of (A B)^(1/2) is that of (A^(1/2) B A^(1/2))^(1/2), which is symmetric.

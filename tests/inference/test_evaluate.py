@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import email.message
-import io
 import json
 import math
 import re
-import socket
 import sys
-import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,7 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 from skimage.metrics import structural_similarity
-from torch import Tensor, nn
+from torch import Tensor
 
 from dogvae.data.dataset import Dataset, Split
 from dogvae.inference import elbo, evaluate
@@ -34,7 +30,6 @@ from tests.support.exports import Exported
 
 CPU = torch.device("cpu")
 SAMPLES = 8
-WEIGHTS = "inception_v3_google-0cc3c7bd.pth"  # torchvision's file name
 Writer = Callable[..., Path]
 
 
@@ -116,7 +111,7 @@ def test_ssim_of_equal_and_of_opposite_images() -> None:
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     """Frechet distance for any number of points: the trace of (A B)^(1/2) is the nuclear norm of X Y^T, A = X^T X."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    x, y = ((each - each.mean(axis=0)) / math.sqrt(len(each)) for each in (a, b))
+    x, y = ((each - each.mean(axis=0)) / math.sqrt(len(each) - 1) for each in (a, b))
     both = scipy.linalg.svdvals(x @ y.T).sum()
     return float(np.square(a.mean(axis=0) - b.mean(axis=0)).sum() + np.square(x).sum() + np.square(y).sum() - 2 * both)
 
@@ -124,7 +119,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 def test_frechet_equals_the_formula_with_scipys_matrix_root() -> None:
     """For covariances that do not commute."""
     a, b = random(200, 12), 0.5 + random(150, 12, seed=1) @ random(12, 12, seed=2) / 3
-    cov_a, cov_b = (np.cov(each.numpy().T, ddof=0) for each in (a, b))
+    cov_a, cov_b = (np.cov(each.numpy().T) for each in (a, b))
     root = scipy.linalg.sqrtm(cov_a @ cov_b).real
     expected = float((a.mean(0) - b.mean(0)).square().sum()) + np.trace(cov_a + cov_b - 2 * root)
     assert frechet(a, b) == pytest.approx(expected, rel=1e-9)
@@ -239,11 +234,11 @@ def test_table_has_every_figure_with_its_unit(figures: dict[str, Any]) -> None:
         "SSIM": f"{f['ssim']:.3f}",
         "active latents": str(f["active_latents"]),
     }
-    for network, distances in (("encoder", f["frechet"]), ("Inception", inception)):
-        expected[f"Frechet distance, {network}: training"] = f"{distances['training']:,.1f}"
-        expected |= {f"Frechet distance, {network}: samples, {p}": f"{distances[p]:,.1f}" for p in DENSITIES}
+    for network, distances in (("Frechet distance, encoder", f["frechet"]), ("FID", inception)):
+        expected[f"{network}: training"] = f"{distances['training']:,.1f}"
+        expected |= {f"{network}: samples, {p}": f"{distances[p]:,.1f}" for p in DENSITIES}
     assert dict(re.split("  +", line.strip()) for line in lines) == expected
-    assert "Inception" not in evaluate.table(figures, SAMPLES)
+    assert "FID" not in evaluate.table(figures, SAMPLES)
 
 
 def test_one_validation_image_and_two_training_images_are_enough(model: DogVAE, write_dataset: Writer) -> None:
@@ -251,113 +246,6 @@ def test_one_validation_image_and_two_training_images_are_enough(model: DogVAE, 
     figures = evaluate.measure(model, Dataset(write_dataset([pixels[:2]], [pixels[2:]])), 2, False, ignore)
     assert figures["images"] == 1
     json.dumps(figures, allow_nan=False)
-
-
-# --- the Inception network
-
-
-class Download(io.BytesIO):
-    """What a server may send in place of the weights."""
-
-    def info(self) -> email.message.Message:
-        return email.message.Message()
-
-
-def no_weights(monkeypatch: pytest.MonkeyPatch, where: Path, answer: Exception | bytes) -> None:
-    """An empty cache of weights in `where`, and `answer` to any download."""
-
-    def urlopen(*args: Any, **kwargs: Any) -> Download:
-        if isinstance(answer, Exception):
-            raise answer
-        return Download(answer)
-
-    monkeypatch.setenv("TORCH_HOME", str(where))
-    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        (urllib.error.URLError(OSError(101, "Network is unreachable")), "Network is unreachable"),
-        (TimeoutError("timed out"), "timed out"),
-        (b"<html>please log in</html>", "invalid hash value"),
-    ],
-    ids=["no route", "timeout", "login page"],
-)
-def test_without_the_inception_weights_all_other_figures_are_measured(
-    answer: Exception | bytes,
-    reason: str,
-    figures: dict[str, Any],
-    model: DogVAE,
-    dataset: Dataset,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    no_weights(monkeypatch, tmp_path, answer)
-    before = socket.getdefaulttimeout()
-    got = evaluate.measure(model, dataset, SAMPLES, True, ignore)
-    assert socket.getdefaulttimeout() == before
-    line = got["without_inception"]
-    assert line.startswith("the Inception network's weights could not be downloaded: ")
-    assert reason in line
-    assert "\n" not in line
-    assert {**got, "without_inception": None} == figures
-    assert evaluate.table(got, SAMPLES).splitlines()[-1].startswith(line)
-    assert not list(tmp_path.rglob("*.partial"))
-
-
-@pytest.fixture
-def inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """A network of random weights, saved where torchvision looks for the real ones."""
-    from torchvision.models import inception_v3
-
-    torch.manual_seed(0)
-    network = inception_v3(weights=None, init_weights=False, transform_input=True)
-    with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.fill_(1.5)  # keeps differences between images visible through so many layers
-    path = tmp_path / "hub/checkpoints" / WEIGHTS
-    path.parent.mkdir(parents=True)
-    torch.save(network.state_dict(), path)
-    no_weights(monkeypatch, tmp_path, AssertionError("the weights are on the disk, nothing may be downloaded"))
-    return network.eval()
-
-
-@torch.no_grad()
-def pooled(network: nn.Module, pictures: Tensor) -> np.ndarray:
-    """The outputs of the last pooling for photos resized and normalised as torchvision's documentation says."""
-    from torchvision.transforms.functional import InterpolationMode, normalize, resize
-
-    out: list[Tensor] = []
-    hook = network.avgpool.register_forward_hook(lambda module, inputs, output: out.append(output.flatten(1)))  # type: ignore[operator,union-attr]
-    for x in pictures:
-        large = resize(x[None], [299, 299], InterpolationMode.BILINEAR, antialias=True)
-        network(normalize(large, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    hook.remove()
-    return torch.cat(out).numpy()
-
-
-def test_inception_features_are_the_inputs_of_the_classifier(inception: nn.Module, dataset: Dataset) -> None:
-    x = images(dataset.val, 2)
-    with torch.no_grad():
-        got = evaluate._inception(CPU)(x)
-    expected = pooled(inception, x)
-    assert got.shape == (2, 2048)
-    assert np.abs(expected[0] - expected[1]).max() > 1e-3 * np.abs(expected).max()
-    assert np.abs(got.numpy() - expected).max() < 1e-4 * np.abs(expected[0] - expected[1]).max()
-
-
-@pytest.mark.slow
-def test_inception_distances_equal_a_slow_computation(
-    inception: nn.Module, model: DogVAE, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluate, "SAMPLED", 4)  # Inception takes a thousand times as long as our encoder
-    got = evaluate.measure(model, dataset, 1, True, ignore)
-    assert got["without_inception"] is None
-    val, train = (pooled(inception, images(split, 4)) for split in (dataset.val, dataset.train))
-    assert set(got["frechet_inception"]) == {"training", *DENSITIES}
-    assert got["frechet_inception"]["training"] == pytest.approx(distance(val, train), rel=0.01)
 
 
 # --- the command

@@ -179,7 +179,7 @@ def test_memorisation_is_the_mean_cosine_distance_to_the_nearest_photo() -> None
 def distance(a: Tensor, b: Tensor) -> float:
     """Frechet distance of few pictures: the trace of (A B)^(1/2) is a sum of singular values."""
     a, b = a.double(), b.double()
-    u, v = (a - a.mean(0)) / len(a) ** 0.5, (b - b.mean(0)) / len(b) ** 0.5
+    u, v = (a - a.mean(0)) / (len(a) - 1) ** 0.5, (b - b.mean(0)) / (len(b) - 1) ** 0.5
     both = torch.linalg.svdvals(u @ v.T).sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + u.square().sum() + v.square().sum() - 2 * both)
 
