@@ -124,13 +124,11 @@ def without_tensorboard() -> None:
         metrics.Recorder = Mock()  # type: ignore[misc]
 
 
-def span(run: Path) -> tuple[float, float]:
-    """Times of a run's first step and of its last epoch's end, in seconds since 1970, from its TensorBoard file."""
+def epoch_ends(run: Path) -> list[float]:
+    """When the training and validation of each epoch ended, in seconds since 1970, by the run's TensorBoard files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run)).Reload()
-    ends, seconds = events.Scalars("val/loss"), events.Scalars("run/seconds")
-    return ends[0].wall_time - seconds[0].value, ends[-1].wall_time
+    return [event.wall_time for event in EventAccumulator(str(run)).Reload().Scalars("val/loss")]
 
 
 # --- contenders

@@ -32,7 +32,6 @@ from typing import Any
 
 import job
 import measure
-from measure import span
 
 STAGES = {"Ray": "Ray at ", "launch": " epochs on "}  # each ends with a line that has this
 SHORTCUTS = {  # a row of the table: DOGVAE_FAST_START
@@ -65,13 +64,14 @@ def bare(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-def watched(command: list[str], run: Path, shortcuts: str = "1") -> dict[str, Any]:
-    """Run a command that trains into `run`: when its lines came and its first step began, and its epochs' speeds."""
-    from dogvae.storage import Storage
-    from dogvae.training import metrics
+def lines_of(command: list[str], marks: dict[str, str], **environment: str) -> tuple[float, dict[str, float], float]:
+    """Run a command that starts a Ray of its own, with one thread a worker.
 
+    Returns when it began and ended, in seconds since 1970, and how many seconds after its begin the first line came
+    that has the text of each mark.
+    """
     # Ray gives its workers as many threads as they have CPUs; never a cluster that is already there.
-    env = {**measure.environment(1), "RAY_ADDRESS": "local", "DOGVAE_FAST_START": shortcuts}
+    env = {**measure.environment(1), "RAY_ADDRESS": "local", **environment}
     came: dict[str, float] = {}
     said: list[str] = []
     began = time.time()
@@ -82,16 +82,25 @@ def watched(command: list[str], run: Path, shortcuts: str = "1") -> dict[str, An
         assert process.stdout
         for line in process.stdout:
             said.append(line)
-            for stage, text in STAGES.items():
+            for mark, text in marks.items():
                 if text in line:
-                    came.setdefault(stage, time.time() - began)
+                    came.setdefault(mark, time.time() - began)
         if process.wait():
             log.seek(0)
             sys.exit(f"{' '.join(command)}:\n{''.join(said)}{log.read()[-3000:]}")
-    ended = time.time() - began
+    return began, came, time.time()
+
+
+def watched(command: list[str], run: Path, shortcuts: str = "1") -> dict[str, Any]:
+    """Run a command that trains into `run`: when its lines came and its first step began, and its epochs' speeds."""
+    from dogvae.storage import Storage
+    from dogvae.training import metrics
+
+    began, came, ended = lines_of(command, STAGES, DOGVAE_FAST_START=shortcuts)
     records = metrics.read(Storage(run))
     speed = statistics.median(record["images_per_s"] for record in records[1:])
-    return {"lines": came, "first_step_s": span(run)[0] - began, "all_s": ended, "images_per_s": speed}
+    first_step_s = measure.epoch_ends(run)[0] - records[0]["seconds"] - began
+    return {"lines": came, "first_step_s": first_step_s, "all_s": ended - began, "images_per_s": speed}
 
 
 def importing() -> float:

@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import data
+import first_command
 import job
 import measure
 import overhead
@@ -300,6 +302,18 @@ def test_roofline_reports_the_share_of_the_larger_floor(tmp_path: Path, monkeypa
     found = main_of(roofline, tmp_path, monkeypatch, *tiny, *peaks)
     assert found["compute_s"] == pytest.approx(found["step_gflop"] / 1000)
     assert found["share"] == pytest.approx(max(found["compute_s"], found["memory_s"]) / found["step_s"]["median"])
+
+
+@pytest.mark.slow
+def test_stages_of_the_first_command_fill_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    given = ("--commands", "train", "--data", "portraits:60", "--epochs", 2)
+    found = main_of(first_command, tmp_path, monkeypatch, *given)["stages"]
+    (stages,) = found.pop("train")
+    assert found == {}
+    assert min(stages.values()) >= 0
+    assert all(stages[name] > 0.1 for name in ("imports", "Ray", "workers", "steps", "prior, export"))
+    assert sum(stages.values()) == pytest.approx(time.monotonic() - began - stages["imports"], abs=3)
 
 
 TINY = ("--width", 4, "--batch-size", 4, "--steps", 2, "--repeats", 2)
