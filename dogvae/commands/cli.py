@@ -29,11 +29,12 @@ def parser() -> argparse.ArgumentParser:
     top = flags.Parser(prog="dogvae", description="Variational autoencoders of dog photos, trained on Ray.")
     top.add_argument("--version", action="version", version=f"dogvae {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    # `_main` passes these to train.py, search.py and fit_prior.py, which have parsers of their own.
+    # `_main` passes these to train.py, search.py, fit_prior.py and cloud.py, which have parsers of their own.
     commands.add_parser("train", help="train a VAE on photos, on all GPUs or CPUs that Ray has")
     commands.add_parser("search", help="find the best latent dimension, learning rate and sample count")
 
     commands.add_parser("fit-prior", help="train a prior for a run's VAE, so that new dogs look more like dogs")
+    commands.add_parser("cloud", help="set up an AWS account for a cluster, or check it")
 
     prepare = commands.add_parser("prepare", help="turn photos into a dataset of small square images")
     prepare.add_argument(
@@ -276,6 +277,10 @@ def _main(argv: Sequence[str]) -> int | None:
         from dogvae.commands import fit_prior
 
         return fit_prior.main(argv[1:])
+    if argv[:1] == ["cloud"]:
+        from dogvae.commands import cloud
+
+        return cloud.main(argv[1:])
     args = parser().parse_args(argv)
     args.argv = argv
     code: int | None = args.run(args)
