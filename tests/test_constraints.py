@@ -19,8 +19,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def requirements() -> list[Requirement]:
-    """What a cluster's machine installs: dependencies, build tools, boto3 for a head that asks AWS for workers."""
-    lines = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"], "boto3"]
+    """What a cluster's machine installs: dependencies, build tools, and the extras: `cloud` for a head on AWS."""
+    lines = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"]]
     extras = PROJECT["project"]["optional-dependencies"]
     return [Requirement(line) for line in lines + [x for name in extras if name != "dev" for x in extras[name]]]
 

@@ -146,10 +146,10 @@ def test_tensorboard_serves_the_runs(tmp_path: Path) -> None:
 
 def test_every_command_of_the_readme_is_run_by_a_test() -> None:
     playing = "sample|reconstruct|interpolate|litter|playground|directions|neighbours|evaluate"
-    known = rf"pip install|dogvae (prepare|{playing})|train_distributed\.py|tensorboard|-m tune"
+    known = rf"pip install|dogvae (cloud setup|prepare|{playing})|train_distributed\.py|tensorboard|-m tune"
     assert all(re.search(known, command) for command in COMMANDS)
     assert COMMANDS[1].endswith("pip install -e '.[dev]' && pytest")
-    assert len(COMMANDS) == 19
+    assert len(COMMANDS) == 20
 
 
 # --- the lists

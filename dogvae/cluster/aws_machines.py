@@ -61,17 +61,18 @@ def _quota(account: Account, code: str, group: list[Machines], vcpus: dict[str, 
 
 def costs(account: Account, file: ClusterFile) -> list[str]:
     """A line for each node type with its price an hour on demand, and one for all machines together."""
-    lines, total, sources, idle = [], 0.0, dict[str, None](), file.config.get("idle_timeout_minutes", 5)
+    lines, total, known, sources = [], 0.0, True, dict[str, None]()  # a dict keeps the order of its keys
+    idle = file.config.get("idle_timeout_minutes", 5)
     for m in file.machines():
         price, source = _price(account, file, m.kind)
         sources[source] = None
-        total += m.count * (price or 0)
+        total, known = total + m.count * (price or 0), known and price is not None
         when = "from `ray up` to `ray down`" if m.head else f"while it is up; it ends after {idle} idle minutes"
         spot = "less than this as a spot machine, " if m.spot else ""
         each = "price unknown" if price is None else f"${price:.3f} an hour each"
         lines.append(f"{m.name}, at most {m.count} {m.kind}: {each}, {spot}{when}")
-    known = f"at most ${total:.2f} an hour, without disks, storage and traffic"
-    return [*lines, f"all together: {known} ({'; '.join(sources)})"]
+    together = f"at most ${total:.2f} an hour, without disks, storage and traffic" if known else "price unknown"
+    return [*lines, f"all together: {together} ({'; '.join(sources)})"]
 
 
 def _price(account: Account, file: ClusterFile, kind: str) -> tuple[float | None, str]:
@@ -86,7 +87,8 @@ def _price(account: Account, file: ClusterFile, kind: str) -> tuple[float | None
     for product in map(json.loads, found):
         for term in product["terms"].get("OnDemand", {}).values():
             for dimension in term["priceDimensions"].values():
-                return float(dimension["pricePerUnit"]["USD"]), "by AWS's price list"
+                if (price := float(dimension["pricePerUnit"]["USD"])) > 0:  # 0: hours that were paid in advance
+                    return price, "by AWS's price list"
     noted = file.noted_price(kind)
     if noted:
         return noted[0], f"noted in {file.path.name}: {noted[1]}; AWS's price list does not answer"

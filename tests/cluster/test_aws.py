@@ -13,12 +13,12 @@ import pytest
 from botocore.exceptions import ClientError
 from setuptools import build_meta
 
-from dogvae.cluster import aws_stack
+from dogvae.cluster import aws, aws_stack
 from dogvae.cluster.aws import Account, Refused
 from dogvae.cluster.aws_machines import costs, quotas
 from dogvae.cluster.aws_stack import Stack
 from dogvae.cluster.cluster_file import ClusterFile, Machines
-from dogvae.errors import RunFailed
+from dogvae.errors import RunFailed, UsageError
 from tests.support.command import ROOT
 
 
@@ -53,6 +53,15 @@ def test_costs_add_the_prices_of_the_price_list() -> None:
     assert "g6.12xlarge: $5.000 an hour" in gpu
     assert total.startswith("all together: at most $5.20 an hour")
     assert total.endswith("(by AWS's price list)")
+
+
+def test_costs_without_any_price_say_so(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(
+        (ROOT / "cluster.yaml").read_text().replace("InstanceType: g6.12xlarge", "InstanceType: g6.24xlarge")
+    )
+    *_, gpu, total = costs(Answers(get_products=[{"PriceList": []}] * 2), ClusterFile(tmp_path / "cluster.yaml"))
+    assert "g6.24xlarge: price unknown" in gpu
+    assert total.startswith("all together: price unknown")
 
 
 def test_spot_machines_have_their_own_quota() -> None:
@@ -116,6 +125,12 @@ def test_refusal_of_aws_is_one_line_with_a_remedy(code: str, message: str, text:
     error = ClientError({"Error": {"Code": code, "Message": message}}, "DescribeImages")
     with pytest.raises(Refused, match=text):
         raise Answers()._explain("ec2", error)
+
+
+def test_missing_boto3_is_refused_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aws, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'dogvae\[cloud\]'"):
+        Account("us-west-2", "--region")
 
 
 def test_wheel_contains_the_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

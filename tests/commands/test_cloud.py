@@ -52,6 +52,15 @@ class User:
         assert "Traceback" not in done.stderr, done.stderr
         return done.returncode, done.stdout, done.stderr
 
+    def answering(self, answer: str, *args: str) -> tuple[int, str, str]:
+        """As `cloud`, on a terminal at which the user types `answer`."""
+        keyboard, terminal = pty.openpty()
+        os.write(keyboard, answer.encode())
+        done = self.cloud(*args, stdin=terminal)
+        os.close(terminal)
+        os.close(keyboard)
+        return done
+
     def ready(self) -> None:
         """Set the account up."""
         assert self.cloud(*SETUP, "--yes")[0] == 0
@@ -83,7 +92,7 @@ def user(aws: Aws, tmp_path: Path) -> User:
 
 
 def test_setup_of_an_empty_account_gives_a_file_that_check_and_ray_accept(user: User) -> None:
-    code, out, _ = user.cloud(*SETUP, "--yes")
+    code, out, _ = user.answering("y\n", *SETUP)
     assert code == 0
     assert "will do: cloudformation:CreateStack dogvae" in out
     assert "head, at most 1 m6i.xlarge: $0.192" in out  # from the file's comment: moto has no price list
@@ -112,11 +121,7 @@ def test_setup_without_consent_changes_nothing(user: User, answer: str | None, s
     if answer is None:
         assert "--yes" in user.refused(*SETUP)
     else:
-        keyboard, terminal = pty.openpty()
-        os.write(keyboard, answer.encode())
-        code, out, _ = user.cloud(*SETUP, stdin=terminal)
-        os.close(terminal)
-        os.close(keyboard)
+        code, out, _ = user.answering(answer, *SETUP)
         assert (code, out.count("will do: "), out.splitlines()[-1]) == (
             status, 3, "make these changes? [y/N] nothing was changed"
         )  # fmt: skip
