@@ -56,10 +56,10 @@ def test_costs_add_the_prices_of_the_price_list() -> None:
 
 
 def test_costs_without_any_price_say_so(tmp_path: Path) -> None:
-    (tmp_path / "cluster.yaml").write_text(
-        (ROOT / "cluster.yaml").read_text().replace("InstanceType: g6.12xlarge", "InstanceType: g6.24xlarge")
-    )
-    *_, gpu, total = costs(Answers(get_products=[{"PriceList": []}] * 2), ClusterFile(tmp_path / "cluster.yaml"))
+    file = tmp_path / "cluster.yaml"
+    text = (ROOT / "cluster.yaml").read_text()
+    file.write_text(text.replace("InstanceType: g6.12xlarge", "InstanceType: g6.24xlarge"))
+    *_, gpu, total = costs(Answers(get_products=[{"PriceList": []}] * 2), ClusterFile(file))
     assert "g6.24xlarge: price unknown" in gpu
     assert total.startswith("all together: price unknown")
 
