@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import first_command
@@ -26,6 +27,7 @@ import overhead
 import peers
 import playground
 import roofline
+import scale
 import scaling
 import step
 from dogvae.config import Config
@@ -302,6 +304,30 @@ def test_roofline_reports_the_share_of_the_larger_floor(tmp_path: Path, monkeypa
     found = main_of(roofline, tmp_path, monkeypatch, *tiny, *peaks)
     assert found["compute_s"] == pytest.approx(found["step_gflop"] / 1000)
     assert found["share"] == pytest.approx(max(found["compute_s"], found["memory_s"]) / found["step_s"]["median"])
+
+
+def test_growth_is_the_exponent_of_the_last_two_rows() -> None:
+    rows = [{"n": 1.0, "s": 9.0}, {"n": 10.0, "s": 2.0}, {"n": 100.0, "s": 200.0}]
+    assert scale.growth(rows, "s") == pytest.approx(2)  # a hundred times as much for ten times as many
+    assert scale.table("images", rows)[-1].split() == ["growth", "2.00"]
+
+
+def test_scale_writes_and_opens_datasets_and_draws_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "SIZES", (200, 2000))
+    found = main_of(scale, tmp_path, monkeypatch, "--parts", "images", "--picture", tmp_path / "curves.png")["parts"]
+    few, many = found["images"]
+    assert (few["n"], many["n"]) == (200, 2000)
+    assert 0 < few["writing, s"] < many["writing, s"] < 60
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 300
+
+
+@pytest.mark.slow
+def test_scale_of_epochs_reads_what_a_run_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (twenty, fifty) = main_of(scale, tmp_path, monkeypatch, "--parts", "epochs", "--most", 50)["parts"]["epochs"]
+    assert fifty["metrics.jsonl, KB"] == pytest.approx(2.5 * twenty["metrics.jsonl, KB"], rel=0.02)
+    assert fifty["an epoch, ms"] > 0
+    assert 0.1 < fifty["folder, MB"] < 20
 
 
 @pytest.mark.slow
