@@ -8,6 +8,7 @@ machine plays the laptop from which the cluster is started.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -91,10 +92,17 @@ def missing() -> str:
 
 @contextmanager
 def workplace() -> Iterator[Path]:
-    """A folder for `Hosts`; skips the test on a machine that cannot have hosts."""
+    """A folder for `Hosts`; skips the test on a machine that cannot have hosts.
+
+    This machine has one bridge: tests that run at the same time wait for each other.
+    """
     if lacking := missing():
         pytest.skip(f"hosts need {lacking}")
-    with tempfile.TemporaryDirectory(prefix="dogvae-", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
+    with (
+        open("/var/tmp/dogvae-hosts.lock", "w") as lock,
+        tempfile.TemporaryDirectory(prefix="dogvae-", dir="/var/tmp", ignore_cleanup_errors=True) as folder,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield Path(folder)
 
 
