@@ -79,6 +79,17 @@ def test_address_without_an_answer_is_refused_with_one_line(address: str, messag
     assert not list(tmp_path.iterdir())
 
 
+def test_workers_of_a_ray_of_our_own_have_the_niceness_that_is_documented(tmp_path: Path) -> None:
+    asked = "from dogvae.cluster.connect import connect; import os, ray; connect()\n"
+    asked += "print(ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0))"
+    env = {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT)}
+    for given, expected in (({}, 5), ({"RAY_worker_niceness": "1"}, 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", asked], cwd=tmp_path, capture_output=True, text=True, env=env | given
+        )
+        assert done.stdout.split() == [str(expected)], done.stderr
+
+
 # --- the workers of a cluster
 
 
