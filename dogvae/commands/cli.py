@@ -167,8 +167,11 @@ def parser() -> argparse.ArgumentParser:
         help="also compute FID, by the Inception network of published figures, which is downloaded once (default: yes)",
     )
     playground = add_playing("playground", _playground, "play with the model in the browser")
-    playground.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one)")
+    playground.add_argument(
+        "--port", type=int, help="port to listen on; 0: a free one (default: one that stays the same for a model)"
+    )
     playground.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    playground.add_argument("--open", action="store_true", help="open the page in this machine's browser")
     export = commands.add_parser("export", help="export a run anew, or an exported model to ONNX")
     export.add_argument("run_or_export", help="a run, such as runs/NAME, or with --onnx an exported model")
     export.add_argument("--onnx", action="store_true", help="also write encoder.onnx and decoder.onnx")
@@ -240,9 +243,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _playground(args: argparse.Namespace) -> int:
     with waiting("loading PyTorch"):
-        from dogvae.inference.playground import serve
+        from dogvae.inference.playground_server import serve
 
-    return serve(args.export, args.device, args.host, args.port)
+    return serve(args.export, args.device, args.host, args.port, args.open)
 
 
 def _export(args: argparse.Namespace) -> None:

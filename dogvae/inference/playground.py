@@ -1,17 +1,13 @@
-"""The playground: a web page for trying out an exported model, and its server. Does not import Ray.
+"""The playground: a web page for trying out an exported model, and the API that the page calls. Does not import Ray.
 
-The server keeps no state. A dog is its latent, which the page receives, keeps and sends back, so that any number of
+The API keeps no state. A dog is its latent, which the page receives, keeps and sends back, so that any number of
 replicas can share the requests (`dogvae.inference.serve`).
 """
 
 from __future__ import annotations
 
 import base64
-import os
-import socket
-import threading
 from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -25,26 +21,19 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dogvae.console import say
 from dogvae.errors import UsageError
 from dogvae.inference.litter import children
-from dogvae.inference.load import load
 from dogvae.inference.model import METHODS, SPAN, DogVAE
 from dogvae.inference.user_images import photo
 from dogvae.pictures import animation, png
-from dogvae.signals import stop_signals
 
 PAGE = Path(__file__).with_name("playground.html")
 SLIDERS = 12  # principal directions that the page offers
 MOST_BYTES = 20 << 20  # of a request's body
-PIECE = 4  # pictures of a request that are decoded before other requests get their turn
 MOST_SAMPLES, MOST_STOPS, MOST_STEPS = 64, 8, 64
-EVERYWHERE = ("0.0.0.0", "::")  # a server can listen on these, but a browser cannot open them
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 POLICY = (  # the page loads nothing from other hosts, and no other page may frame it
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -238,66 +227,10 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
     return app
 
 
-def serve(export: str, device: str | None, host: str, port: int) -> int:
-    """Serve the page on `port` (0: a free one) until Ctrl-C or SIGTERM. Returns 128 + the signal, or 1 if it failed.
-
-    Raises UsageError if `export` is not an export, or if the server cannot listen on `host` and `port`.
-    """
-    import uvicorn
-
-    listener = _listen(host, port)
-    with listener, stop_signals() as stopped:
-        model = load(export, device)
-        network = anyio.Lock()  # one call of the network uses all cores, so two at a time are no faster
-
-        async def decode(latents: np.ndarray) -> np.ndarray:
-            pictures = []
-            for start in range(0, len(latents), PIECE):
-                async with network:  # first come, first served: a slider does not wait for the whole of a long walk
-                    pictures.append(await in_thread(partial(model.decode, latents[start : start + PIECE])))
-            return np.concatenate(pictures)
-
-        app = make_app(model, model_name(export), decode)
-        if host in LOOPBACK:
-            # Against DNS rebinding: another site's page could point its own host name at 127.0.0.1.
-            app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        name = socket.gethostname() if host in EVERYWHERE else host
-        address = f"[{name}]" if ":" in name else name
-        say(f"playground  http://{address}:{listener.getsockname()[1]}")
-        if host not in LOOPBACK:
-            say(f"listening on {host}: anyone who can reach this machine can use the page, and upload photos to it")
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        while thread.is_alive() and not stopped:
-            thread.join(0.2)
-        server.should_exit = True
-        thread.join(5)
-        if stopped:
-            say("stopped")
-        if thread.is_alive():  # in a long request; torch would abort if Python shut down during it
-            os._exit(128 + stopped[0])
-        return 128 + stopped[0] if stopped else 1
-
-
 def model_name(export: str) -> str:
     """The name of the run: `runs/dogs/export` -> `dogs`."""
     folder = Path(export).absolute()
     return folder.parent.name if folder.name == "export" else folder.name
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    if not 0 <= port < 65536:
-        raise UsageError(f"--port {port}: must be from 0 to 65535; leave it out to use a free port")
-    try:
-        kind = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen()  # reserves the port, and lets clients wait until the server has started
-    except OSError as error:
-        raise UsageError(f"--host {host} --port {port}: {error.strerror or error}") from error
-    return listener
 
 
 async def in_thread(work: Callable[[], Any]) -> Any:

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from dogvae.inference.model import DogVAE
+from dogvae.inference.playground_server import usual_listener
 from tests.support.browser import free_port, is_open
 from tests.support.cli import refused
 from tests.support.exports import LATENT, Exported
@@ -121,6 +122,38 @@ def test_signal_ends_the_server_while_a_browser_is_connected(
         assert not is_open(port)
         assert list((tmp_path / "here/tmp").iterdir()) == []
         assert command.text() == f"{printed}stopped\n"
+
+
+def test_open_opens_the_page(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only with --open. A machine without a browser says so."""
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    browser.chmod(0o755)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("BROWSER", f"{browser} %s")
+    with playground(tmp_path / "closed", exported.folder) as command:
+        assert command.get().status_code == 200
+        assert not opened.exists()
+    with playground(tmp_path / "here", exported.folder, "--open") as command:
+        address = command.address
+        command.wait_until(lambda: opened.exists() and opened.read_text())
+        assert opened.read_text() == f"{address}\n"
+        assert command.text() == f"playground  {address}\n"
+    monkeypatch.setenv("BROWSER", "false %s")
+    with playground(tmp_path / "none", exported.folder, "--open") as command:
+        command.wait_for("--open: this machine has no browser")
+        assert command.get().status_code == 200
+
+
+def test_port_of_a_model_stays_the_same() -> None:
+    """A browser keeps the shelf for an address. While the port is taken, another one is used."""
+    with usual_listener("127.0.0.1", "runs/some/export") as first:
+        port = first.getsockname()[1]
+        with usual_listener("127.0.0.1", "runs/some/export") as second:
+            assert second.getsockname()[1] != port
+    with usual_listener("127.0.0.1", "runs/some") as again, usual_listener("127.0.0.1", "runs/other/export") as other:
+        assert again.getsockname()[1] == port != other.getsockname()[1]
 
 
 @pytest.mark.slow
