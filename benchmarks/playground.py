@@ -4,8 +4,10 @@
 
 Without EXPORT it takes an untrained model of the default size, which computes as much as a trained one. The server is
 the real command, bound to one core; the client runs on another core if there is one. The client drags a slider, a
-request after another. Then fresh processes with one thread measure the seconds from a Python that has imported torch to
-the first dog, and the seconds of 64 dogs. docs/decisions.md says how to measure many people at once.
+request after another. It requests the pictures at the ends of the sliders as the page does when a dog has settled, and
+moves a slider while two of them are drawn. Then fresh processes with one thread measure the seconds from a Python that
+has imported torch to the first dog, and the seconds of 64 dogs. docs/decisions.md says how to measure many people at
+once.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ import measure
 
 SIZE, TRAIN, VAL = 64, 200, 20  # of the untrained model
 REPEATS = 3
+IN_SIGHT = 8  # sliders
 START = """
 import json, time, torch
 torch.set_num_threads(1)
@@ -95,7 +99,7 @@ def slider_s(address: str, seconds: float) -> list[float]:
     """Seconds of each answer while one client moves sliders, a request after another."""
     draw, waits = random.Random(0), []
     with httpx.Client(base_url=address, timeout=120, trust_env=False) as client:
-        directions = len(client.get("/api/about").json()["directions"])
+        directions = client.get("/api/about").json()["directions"]
         (dog,) = client.post("/api/sample", json={"n": 1}).json()["dogs"]
         ends = time.perf_counter() + seconds
         while (began := time.perf_counter()) < ends:
@@ -103,6 +107,26 @@ def slider_s(address: str, seconds: float) -> list[float]:
             client.post("/api/move", json={"latent": dog["latent"], "shifts": shifts}).raise_for_status()
             waits.append(time.perf_counter() - began)
     return waits
+
+
+def ends_s(address: str) -> tuple[float, list[float]]:
+    """Seconds to draw the ends of the sliders in sight, and of each answer to a slider that moves meanwhile."""
+    with httpx.Client(base_url=address, timeout=120, trust_env=False) as client, ThreadPoolExecutor(1) as other:
+        (dog,) = client.post("/api/sample", json={"n": 1}).json()["dogs"]
+
+        def post(path: str, **body: Any) -> float:
+            began = time.perf_counter()
+            client.post(f"/api/{path}", json={"latent": dog["latent"], **body}).raise_for_status()
+            return time.perf_counter() - began
+
+        drawn = sum(post("ends", direction=i) for i in range(IN_SIGHT))
+        waits = []
+        for i in range(10 * IN_SIGHT):
+            ends = other.submit(post, "ends", direction=i % IN_SIGHT)
+            time.sleep(0.005)  # the server has begun with them
+            waits.append(post("move", shifts=[1.0]))
+            ends.result()
+        return drawn, waits
 
 
 def start_s(export: Path) -> tuple[float, float]:
@@ -122,12 +146,15 @@ def main() -> None:
         export = args.export or untrained(Path(folder))
         with playground(export) as address:
             waits_ms = [1e3 * s for s in slider_s(address, args.seconds)]
+            ends, behind = ends_s(address)
         first_s, many_s = start_s(export)
         model = json.loads((export / "config.json").read_text())["model"]
     median, p95, p99 = (float(np.percentile(waits_ms, q)) for q in (50, 95, 99))
     figures: dict[str, Any] = {
         "model": {name: model[name] for name in ("image_size", "width", "latent_dim", "latent_size")},
         "slider_ms": {"count": len(waits_ms), "median": median, "p95": p95, "p99": p99},
+        "ends_s": ends,
+        "slider_behind_ends_ms": 1e3 * statistics.median(behind),
         "first_sample_s": first_s,
         "64_samples_s": many_s,
     }
@@ -135,6 +162,8 @@ def main() -> None:
         f"{model['image_size']} x {model['image_size']} pixels, width {model['width']}, latent "
         f"{model['latent_dim']} x {model['latent_size']} x {model['latent_size']}; server on 1 core",
         f"slider: {len(waits_ms)} answers, median {median:.1f} ms, p95 {p95:.1f}, p99 {p99:.1f}",
+        f"ends of {IN_SIGHT} sliders: {ends:.2f} s; a slider that moves while two of them are drawn: median "
+        f"{1e3 * statistics.median(behind):.1f} ms",
         f"one thread, medians of {REPEATS} processes: load and first sample {first_s:.2f} s beyond `import torch`; "
         f"64 samples {many_s:.2f} s",
     ]

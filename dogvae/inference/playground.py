@@ -7,6 +7,7 @@ replicas can share the requests (`dogvae.inference.serve`).
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ from dogvae.errors import UsageError
 from dogvae.inference.litter import children
 from dogvae.inference.model import METHODS, SPAN, DogVAE
 from dogvae.inference.user_images import photo
+from dogvae.network.flow import GUIDANCE
 from dogvae.pictures import animation, png
 
 PAGE = Path(__file__).with_name("playground.html")
@@ -51,6 +53,7 @@ class Sample(BaseModel):
     seed: int = Field(0, ge=0, lt=2**53)
     temperature: float = Field(1.0, ge=0, le=3)
     prior: str | None = Field(None, max_length=32)  # default: the model's first
+    guidance: float | None = Field(None, ge=0, le=2)  # of a flow only
 
 
 class Move(BaseModel):
@@ -58,6 +61,12 @@ class Move(BaseModel):
 
     latent: Latent
     shifts: list[Annotated[float, Field(ge=-SPAN, le=SPAN)]] = Field([], max_length=SLIDERS)
+
+
+class Ends(Move):
+    """A request for the pictures of a moved dog with the slider of one direction at either end."""
+
+    direction: int = Field(ge=0, lt=SLIDERS)
 
 
 class Walk(BaseModel):
@@ -120,6 +129,7 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
     app.add_middleware(_SameOrigin)
     reading_photo = anyio.Lock()
     about_model: dict[str, Any] = {}  # filled by the first request
+    moves = model.moves[:SLIDERS]
 
     async def dogs_of(latents: np.ndarray) -> list[dict[str, str]]:
         return [
@@ -145,15 +155,15 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
     async def about() -> dict[str, Any]:
         if about_model:
             return about_model
-        moves = model.moves[:SLIDERS]
-        ends = [_url(p) for p in await decode(np.concatenate([model.mean - SPAN * moves, model.mean + SPAN * moves]))]
         (mean,) = await dogs_of(model.mean[None])
         about_model.update(
             name=name,
             size=model.size,
             latents=model.mean.size,
             priors=model.priors,
-            directions=[{"low": a, "high": b} for a, b in zip(ends[: len(moves)], ends[len(moves) :], strict=True)],
+            guidance=GUIDANCE,
+            directions=len(moves),
+            directions_id=hashlib.sha256(moves.tobytes()).hexdigest()[:16],  # the page keeps names of directions for it
             mean=mean,
             parents=await dogs_of(model.parents),
         )
@@ -161,17 +171,29 @@ def make_app(model: DogVAE, name: str, decode: Decode) -> FastAPI:
 
     @app.post("/api/sample")
     async def sample(request: Sample) -> dict[str, Any]:
-        asked = (request.n, request.seed, request.temperature, request.prior)
+        asked = (request.n, request.seed, request.temperature, request.prior, request.guidance)
         latents = await anyio.to_thread.run_sync(model.sample_latents, *asked)  # a flow takes a moment
         return {"dogs": await dogs_of(latents)}
 
+    def moved(latent: str, shifts: list[float]) -> np.ndarray:
+        n = len(shifts)
+        scaled = np.array(shifts, np.float32) * model.scales[:n]
+        return unpack(latent) + np.tensordot(scaled, model.directions[:n], axes=1)
+
     @app.post("/api/move")
     async def move(request: Move) -> dict[str, str]:
-        n = len(request.shifts)
-        shifts = np.array(request.shifts, np.float32) * model.scales[:n]
-        moved = unpack(request.latent) + np.tensordot(shifts, model.directions[:n], axes=1)
-        (dog,) = await dogs_of(moved[None])
+        (dog,) = await dogs_of(moved(request.latent, request.shifts)[None])
         return dog
+
+    @app.post("/api/ends")
+    async def ends(request: Ends) -> dict[str, str]:
+        i = request.direction
+        if i >= len(moves):
+            raise UsageError(f"direction: {i} is too large, this model has {len(moves)} directions")
+        shifts = [*request.shifts, *[0.0] * len(moves)][: len(moves)]
+        both = [moved(request.latent, [*shifts[:i], end, *shifts[i + 1 :]]) for end in (-SPAN, SPAN)]
+        low, high = await decode(np.stack(both))
+        return {"low": _url(low), "high": _url(high)}
 
     @app.post("/api/photo")
     async def upload(request: Request) -> dict[str, str]:

@@ -17,10 +17,12 @@ from PIL import Image
 
 from dogvae.data.drawn import draw
 from dogvae.inference.litter import children
+from dogvae.inference.load import load
 from dogvae.inference.model import METHODS, SPAN, DogVAE
 from dogvae.inference.playground import MOST_BYTES, make_app
 from dogvae.inference.priors import DENSITIES
-from tests.support.exports import LATENT
+from dogvae.network.flow import GUIDANCE
+from tests.support.exports import LATENT, Exported, with_flow
 from tests.support.images import encoded, pixels
 from tests.support.playground import pack, unpack
 from tests.support.runs import SIZE
@@ -77,11 +79,7 @@ def test_about_describes_the_model_and_its_directions(app: FastAPI, model: DogVA
     assert np.array_equal(unpack(about["mean"]), model.mean)
     assert np.array_equal(pixels(about["mean"]["picture"]), model.decode(model.mean[None])[0])
     assert np.array_equal([unpack(dog) for dog in about["parents"]], model.parents)
-    assert len(about["directions"]) == 12
-    for i, ends in enumerate(about["directions"]):
-        far = SPAN * model.scales[i] * model.directions[i]
-        for end, latent in (("low", model.mean - far), ("high", model.mean + far)):
-            assert close(pixels(ends[end]), model.decode(latent[None])[0])
+    assert about["directions"] == 12
 
 
 def test_page_loads_nothing_from_other_hosts(app: FastAPI) -> None:
@@ -104,6 +102,22 @@ def test_sample_returns_the_models_samples_and_latents(
     assert np.array_equal([unpack(dog) for dog in dogs], model.sample_latents(n, seed, temperature, prior))
 
 
+def test_sample_of_a_flow_takes_its_guidance(exported: Exported, tmp_path: Path) -> None:
+    model = load(with_flow(exported, tmp_path / "export"), "cpu")
+
+    async def decode(latents: np.ndarray) -> np.ndarray:
+        return model.decode(latents)
+
+    app = make_app(model, "dogs", decode)
+    about = request(app, "GET", "/api/about").json()
+    assert (about["priors"][0], about["guidance"]) == ("flow", GUIDANCE)
+    for guidance in (None, 0, 2):
+        dogs = ok(app, "sample", {"n": 2, "seed": 3, "guidance": guidance})["dogs"]
+        assert np.array_equal(pictures(dogs), model.sample(2, 3, guidance=guidance))
+    for guidance in (-0.1, 2.1, float("nan"), float("inf"), "much"):
+        assert error_of(send(app, "sample", {"guidance": guidance})).startswith("guidance: ")
+
+
 def test_sample_defaults_to_12_dogs(app: FastAPI, model: DogVAE) -> None:
     assert np.array_equal(pictures(ok(app, "sample", {})["dogs"]), model.sample(12))
 
@@ -117,6 +131,16 @@ def test_move_adds_directions_in_standard_deviations(app: FastAPI, model: DogVAE
     dog = ok(app, "move", {"latent": pack(start), "shifts": shifts})
     np.testing.assert_allclose(unpack(dog), moved, rtol=1e-5, atol=1e-5)
     assert close(pixels(dog["picture"]), model.decode(moved[None])[0])
+
+
+@pytest.mark.parametrize("shifts", [[], [0.5, 1.5], [1.0] * 12])
+def test_ends_are_the_dog_moved_to_both_ends_of_a_direction(app: FastAPI, model: DogVAE, shifts: list[float]) -> None:
+    latent, others = pack(model.mean + model.moves[3]), [*shifts, *[0.0] * 12][:12]
+    for i in (0, 1, 11):
+        found = ok(app, "ends", {"latent": latent, "shifts": shifts, "direction": i})
+        for end, shift in (("low", -SPAN), ("high", SPAN)):
+            body = {"latent": latent, "shifts": [*others[:i], shift, *others[i + 1 :]]}
+            assert found[end] == ok(app, "move", body)["picture"]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -203,6 +227,11 @@ BAD: dict[str, tuple[str, Any]] = {
     "too many shifts": ("move", {"latent": ZERO, "shifts": [0.0] * 13}),
     "shift too far": ("move", {"latent": ZERO, "shifts": [1e9]}),
     "shifts not a list": ("move", {"latent": ZERO, "shifts": 1}),
+    "ends of no direction": ("ends", {"latent": ZERO}),
+    "ends of direction -1": ("ends", {"latent": ZERO, "direction": -1}),
+    "ends of direction 12": ("ends", {"latent": ZERO, "direction": 12}),
+    "ends of NaN": ("ends", {"latent": pack(np.full(LATENT, np.nan)), "direction": 0}),
+    "guidance without a flow": ("sample", {"guidance": 0.5}),
     "walk of one dog": ("walk", {"latents": [ZERO]}),
     "walk of nine dogs": ("walk", {"latents": [ZERO] * 9}),
     "walk of one step": ("walk", {"latents": [ZERO] * 2, "steps": 1}),

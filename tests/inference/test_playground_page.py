@@ -1,162 +1,28 @@
-"""The playground's page in Chromium: sliders, new dogs, the shelf, photos, walks, litters, and errors."""
+"""The playground's page in Chromium: new dogs, the shelf, photos, walks, litters, and errors."""
 
 from __future__ import annotations
 
 import base64
 import io
-import re
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 
+from dogvae.inference.load import load
 from dogvae.inference.model import DogVAE
 from dogvae.inference.playground import MOST_BYTES
-from tests.support.browser import CHROMIUM, FLAGS
+from tests.support.exports import Exported, with_flow
 from tests.support.images import pixels
-from tests.support.playground import PHOTOS, Playground
-
-SAMPLES_SHOWN = "#samples .tile:nth-child(12) img[src^=data]"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if not Path(CHROMIUM).exists():
-        pytest.skip("chromium is not installed: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
-        yield browser
-        browser.close()
-
-
-class Page:
-    """The page in a context of its own, with its requests to the server and the messages on its console."""
-
-    def __init__(self, context: Any, server: Playground) -> None:
-        self.address, self.server = server.address, server
-        self.requests: list[str] = []
-        self.messages: list[str] = []
-        self.moving = self.most_moving = 0  # requests to /api/move in flight
-        self.page = context.new_page()
-        self.page.set_default_timeout(20_000)
-        self.page.on("console", lambda message: self.messages.append(message.text))
-        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
-        self.page.on("request", self._request)
-        self.page.on("requestfinished", self._finished)
-        self.page.on("requestfailed", self._finished)
-        self.page.goto(self.address)
-        self.page.wait_for_selector(SAMPLES_SHOWN)
-        self.page.wait_for_selector("main:not([inert])")
-
-    def _request(self, request: Any) -> None:
-        assert request.url.startswith((self.address, "data:", "blob:")), request.url
-        self.requests += re.findall("/api/(.*)", request.url)
-        self.moving += request.url.endswith("/api/move")
-        self.most_moving = max(self.most_moving, self.moving)
-
-    def _finished(self, request: Any) -> None:
-        self.moving -= request.url.endswith("/api/move")
-
-    def src(self, selector: str) -> str:
-        return str(self.page.get_attribute(selector, "src"))
-
-    def sources(self, selector: str) -> list[str]:
-        return [str(image.get_attribute("src")) for image in self.page.locator(selector).all()]
-
-    def samples(self) -> list[str]:
-        return self.sources("#samples img")
-
-    def until(self, condition: Callable[[], object], seconds: float = 20) -> None:
-        """Playwright's own waiting for a condition needs eval, which the page's policy forbids."""
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end
-            self.page.wait_for_timeout(30)
-
-    def until_other_samples(self, before: list[str]) -> None:
-        self.until(lambda: not set(before) & set(self.samples()))
-
-    def press(self, *keys: str) -> None:
-        for key in keys:
-            self.page.keyboard.press(key)
-
-    def download(self, selector: str) -> tuple[str, Image.Image]:
-        """The name and the picture that a click on a button saves."""
-        with self.page.expect_download() as download:
-            self.page.click(selector)
-        return download.value.suggested_filename, Image.open(download.value.path())
-
-    def status(self) -> str:
-        return str(self.page.inner_text("#status"))
-
-    def focused(self) -> str:
-        return str(self.page.evaluate("document.activeElement.id"))
-
-    def moved(self, shifts: list[float]) -> str:
-        """The server's picture of the page's dog, moved."""
-        latent = self.page.evaluate("base.latent")
-        return str(self.server.post("move", json={"latent": latent, "shifts": shifts}).json()["picture"])
-
-
-@pytest.fixture
-def page(browser: Any, server: Playground) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": 1440, "height": 900}, accept_downloads=True)
-    page = Page(context, server)
-    yield page
-    assert page.messages == []
-    context.close()
-
-
-def test_sliders_move_the_dog_and_buttons_reset_it(page: Page) -> None:
-    """By keyboard: the picture is that of the slider's last value."""
-    first = page.src("#dog")
-    assert first == page.sources("#litter img")[0]
-    page.page.focus("#shift-0")
-    page.press(*["ArrowRight"] * 7)
-    assert page.page.input_value("#shift-0") == "0.7"
-    moved = page.moved([0.7, *[0.0] * 11])
-    page.until(lambda: page.src("#dog") == moved)
-    assert moved != first
-
-    page.press("Tab", "Enter")  # the button beside the slider, which says 0.7
-    page.until(lambda: page.src("#dog") == first)
-    assert (page.focused(), page.page.input_value("#shift-0")) == ("shift-0", "0")
-
-    page.page.get_by_text("4 more").click()
-    page.page.fill("#shift-11", "-3")
-    page.page.fill("#shift-1", "3")
-    page.until(lambda: page.src("#dog") != first)
-    page.page.click("#reset")
-    page.until(lambda: page.src("#dog") == first)
-    name, picture = page.download("#download")
-    assert (name, picture.size) == ("dog.png", (512, 512))
-
-
-def test_dragging_a_slider_sends_one_request_at_a_time(page: Page) -> None:
-    """However fast the mouse is; the last picture is that of the last value."""
-    box = page.page.locator("#shift-0").bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.page.mouse.move(x, y)
-    page.page.mouse.down()
-    page.page.mouse.move(x + box["width"] / 3, y, steps=50)
-    page.page.mouse.up()
-    shift = float(page.page.input_value("#shift-0"))
-    assert shift > 1.5
-    moved = page.moved([shift, *[0.0] * 11])
-    page.until(lambda: page.src("#dog") == moved)
-    assert 1 <= page.requests.count("move") <= 50
-    assert page.most_moving == 1
+from tests.support.playground import PHOTOS, playground
+from tests.support.playground_page import SAMPLES_SHOWN, Page
 
 
 def test_new_dogs_follow_button_key_seed_prior_and_temperature(page: Page) -> None:
     first, seed = page.samples(), page.page.input_value("#seed")
     assert len(set(first)) == 12
+    assert not page.page.is_visible("#guidance")  # this model has no flow
     for _ in range(100):
         page.press("Tab")
         if page.focused() == "draw":
@@ -179,9 +45,30 @@ def test_new_dogs_follow_button_key_seed_prior_and_temperature(page: Page) -> No
     page.until(lambda: page.samples() == second)
     page.page.fill("#temperature", "0")
     page.until_other_samples(second)
-    assert page.page.inner_text("#degrees") == "0.00"
+    assert page.page.inner_text("#temperature-value") == "0.00"
     page.page.fill("#temperature", "1")
     page.until(lambda: page.samples() == second)
+
+
+def test_flow_has_a_knob_for_its_guidance(browser: Any, exported: Exported, tmp_path: Path) -> None:
+    folder = with_flow(exported, tmp_path / "export")
+    model = load(folder, "cpu")
+    with playground(tmp_path / "here", folder) as server:
+        page = Page(browser.new_context(), server)
+        seed = int(page.page.input_value("#seed"))
+        assert page.page.input_value("#guidance") == "0.5"
+        for guidance in (0.5, 2.0, 0.0):
+            page.page.fill("#guidance", str(guidance))
+            first = model.sample(12, seed, prior="flow", guidance=guidance)[0]
+            page.until(lambda first=first: np.array_equal(pixels(page.samples()[0]), first))  # type: ignore[misc]
+            assert page.page.inner_text("#guidance-value") == f"{guidance:.2f}"
+        page.page.select_option("#prior", "gaussian")
+        assert not page.page.is_visible("#guidance")
+        page.until(lambda: np.array_equal(pixels(page.samples()[0]), model.sample(1, seed, prior="gaussian")[0]))
+        page.page.select_option("#prior", "flow")
+        assert page.page.is_visible("#guidance")
+        assert page.messages == []
+        page.page.context.close()
 
 
 def test_shelf_keeps_dogs_over_a_reload(page: Page) -> None:
@@ -215,7 +102,7 @@ def test_two_photos_become_a_walk(page: Page, model: DogVAE) -> None:
     assert page.page.locator("#shelf .photo img").count() == 4
 
     page.page.focus("#walk")
-    requests = len(page.requests)
+    walks = page.requests.count("walk")
     for key, at, end in (("Home", "0", ends[0]), ("ArrowRight", "1", None), ("End", "32", ends[1])):
         page.press(key)
         assert page.page.input_value("#walk") == at
@@ -223,7 +110,7 @@ def test_two_photos_become_a_walk(page: Page, model: DogVAE) -> None:
     page.page.fill("#walk", "16")
     middle = pixels(page.src("#frame"))
     assert not any(np.array_equal(middle, end) for end in ends)
-    assert len(page.requests) == requests  # the page has all steps already
+    assert page.requests.count("walk") == walks  # the page has all steps already
 
     name, animation = page.download("#gif")
     assert name == "walk.gif"
@@ -238,7 +125,6 @@ def test_two_photos_become_a_walk(page: Page, model: DogVAE) -> None:
     page.until(lambda: page.page.input_value("#walk") != "16")
     page.page.click("#play")
     straight = page.src("#frame")
-    walks = page.requests.count("walk")
     page.page.select_option("#method", "spherical")
     page.until(lambda: page.src("#frame") != straight)
     assert page.requests.count("walk") == walks + 1
@@ -341,21 +227,3 @@ def test_server_errors_are_shown_and_the_page_goes_on(page: Page) -> None:
     page.page.click("#draw")
     page.until_other_samples(before)
     page.messages = [line for line in page.messages if "Failed to load resource" not in line]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_mobile_layout_fits_360_pixels(browser: Any, server: Playground, scheme: str) -> None:
-    """With everything open and in use."""
-    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True)
-    page = Page(context, server)
-    files = [{"name": "a" * 120 + ".png", "mimeType": "image/png", "buffer": photo} for photo in PHOTOS]
-    page.page.set_input_files("#photos", files)
-    page.page.wait_for_selector("#frame[src]")
-    page.page.wait_for_selector("#litter .tile:nth-child(12)")
-    page.page.get_by_text("4 more").tap()
-    page.page.locator("#samples button").first.tap()
-    assert page.page.evaluate("document.documentElement.scrollWidth") <= 360
-    wide = "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > 360).map(e => e.id)"
-    assert page.page.evaluate(wide) == []
-    assert page.messages == []
-    context.close()

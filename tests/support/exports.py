@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
+import torch
+
+from dogvae.config import FlowConfig
+from dogvae.network.flow import Flow
 from dogvae.storage import Storage
 from dogvae.training.export import export
 from dogvae.training.run_folder import save_config
@@ -30,3 +38,18 @@ def train_and_export(where: Path) -> Exported:
     train(config, run)
     save_config(Storage(run), config)
     return Exported(Path(config.data), run, Path(export(Storage(run), config).uri))
+
+
+def with_flow(exported: Exported, folder: Path) -> Path:
+    """A copy of the export with an untrained flow, whose correction of the Gaussian is random."""
+    shutil.copytree(exported.folder, folder)
+    torch.manual_seed(0)
+    flow = Flow(FlowConfig(width=32, depth=1), LATENT)
+    torch.nn.init.normal_(flow.out.weight, std=0.1)
+    content = safetensors.torch.save(flow.state_dict())
+    (folder / "flow.safetensors").write_bytes(content)
+    about = json.loads((folder / "config.json").read_text())
+    about["flow"] = {"settings": {"width": 32, "depth": 1}, "metrics": {}}
+    about["files"]["flow.safetensors"] = hashlib.sha256(content).hexdigest()
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
