@@ -11,6 +11,8 @@ from ray import tune
 
 from dogvae.storage import Storage
 from dogvae.training.events import in_background, start_events
+from dogvae.training.run_folder import runs_and_name
+from dogvae.training.trackers import Tracking
 from tune.hparams import write_end
 from tune.live import SearchProgress
 from tune.schedulers import make_scheduler
@@ -31,7 +33,14 @@ ENVIRONMENT = {
 }
 
 
-def run(storage: Storage, plan: SearchPlan, known: Sequence[Entry], at_once: int, budget_s: float | None) -> int | None:
+def run(
+    storage: Storage,
+    plan: SearchPlan,
+    known: Sequence[Entry],
+    at_once: int,
+    budget_s: float | None,
+    tracking: Tracking | None = None,
+) -> int | None:
     """Run the trials of `plan`, `at_once` side by side; `known` are the trials of earlier attempts.
 
     Returns None when all trials have ended, the number of the signal that stopped the search, or 0 after `budget_s`
@@ -50,6 +59,7 @@ def run(storage: Storage, plan: SearchPlan, known: Sequence[Entry], at_once: int
         ended=frozenset(entry.name for entry in known if entry.state in ("done", "stopped")),
         population=plan.scheduler == "pbt",
         events=events,
+        tracking=tracking and replace(tracking, group=runs_and_name(storage)[1]),
     )
     progress = SearchProgress(plan.trials, plan.config.epochs, list(plan.space.domains), known)
     optuna = plan.searcher == "optuna"
@@ -122,6 +132,8 @@ class _ProgressCallback(tune.Callback):
         entry = self._entry(trial)
         if "record" in result:
             self._progress.record(entry.number, result["record"])
+        for line in result.get("warnings", ()):
+            self._progress.note(f"trial {entry.number}: {line}")
         if "state" in result:
             self._set(entry, state=result["state"], reason=result.get("reason", ""))
 

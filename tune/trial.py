@@ -11,7 +11,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from dogvae.training.loop import loop
 from dogvae.training.observer import Observer
 from dogvae.training.on_ray import start
 from dogvae.training.run_folder import CHECKPOINTS, save_config
+from dogvae.training.trackers import Tracking
 from tune.hparams import write_hparams
 from tune.search_folder import FOLDER
 from tune.space import Space, label
@@ -62,6 +63,8 @@ class SharedByTrials:
     """Whether the scheduler is PBT: trials copy each other's weights."""
     events: Any
     """The actor that knows whether the search is stopping."""
+    tracking: Tracking | None = None
+    """Trackers that get the trials."""
 
 
 class _TuneObserver(Observer):
@@ -72,9 +75,15 @@ class _TuneObserver(Observer):
     def __init__(self, events: Any, writer: str | None) -> None:
         self._events, self._writer = events, writer
         self._asked, self._stopping = time.monotonic(), False
+        self._warnings: list[str] = []
 
     def epoch(self, record: dict[str, Any]) -> None:
-        report(record, self._writer)
+        warnings, self._warnings = self._warnings, []
+        report(record, self._writer, warnings)
+
+    def note(self, line: str) -> None:
+        if line.startswith("--log"):  # the console of a search has no room for more
+            self._warnings.append(line)
 
     def stopping(self) -> bool:
         now = time.monotonic()
@@ -90,15 +99,16 @@ def is_stopping(events: Any) -> bool:
     return ray.get(events.stopping.remote())
 
 
-def report(record: Mapping[str, Any], writer: str | None = None) -> None:
+def report(record: Mapping[str, Any], writer: str | None = None, warnings: Sequence[str] = ()) -> None:
     """Report an epoch to Ray Tune; raises SystemExit if Tune ends the trial.
 
-    With `writer`, attach a checkpoint that names it.
+    With `writer`, attach a checkpoint that names it. `warnings` are lines for the user.
     """
     from ray import tune
 
     loss = record["val_loss"]
     numbers = {"epochs": record["epoch"] + 1, "record": dict(record)}
+    numbers |= {"warnings": list(warnings)} if warnings else {}
     numbers["loss"] = loss if loss is not None and math.isfinite(loss) else math.inf
     if writer is None:
         tune.report(numbers)
@@ -147,7 +157,8 @@ def run_trial(config: dict[str, Any], shared: SharedByTrials) -> None:
 
 
 def _train_here(shared: SharedByTrials, config: Config, storage: Storage, observer: _TuneObserver) -> bool:
-    return loop(config, storage, torch.device("cuda" if shared.gpus else "cpu"), observer)
+    device = torch.device("cuda" if shared.gpus else "cpu")
+    return loop(config, storage, device, observer, tracking=shared.tracking)
 
 
 def _train_on_workers(shared: SharedByTrials, config: Config, storage: Storage, observer: _TuneObserver) -> bool:
@@ -155,7 +166,7 @@ def _train_on_workers(shared: SharedByTrials, config: Config, storage: Storage, 
     import ray
 
     workers = Workers(shared.workers, gpu=bool(shared.gpus), cpus=shared.cpus)
-    events, fit = start(config, storage, workers, Safety(), verbose=False, wants_saved=True)
+    events, fit = start(config, storage, workers, Safety(), False, wants_saved=True, tracking=shared.tracking)
     stop_sent, failure = False, ""
     while True:
         ended = fit.done()
@@ -163,6 +174,8 @@ def _train_on_workers(shared: SharedByTrials, config: Config, storage: Storage, 
             for kind, *payload in ray.get(events.take.remote()):
                 if kind == "epoch":
                     observer.epoch(*payload)
+                elif kind == "note":
+                    observer.note(*payload)
                 elif kind == "failed":
                     (failure,) = payload
         except SystemExit:  # Tune ends the trial: wait until its workers have freed their CPUs

@@ -20,6 +20,7 @@ from dogvae.commands.remote import run_there
 from dogvae.config import FLOW, Config, FlowConfig, check
 from dogvae.console import say, waiting
 from dogvae.storage import Storage
+from dogvae.training import trackers
 from dogvae.training.run_folder import open_run
 
 SETTINGS = ("epochs", "batch_size", "lr", "width", "depth")  # of a flow that have flags
@@ -38,6 +39,7 @@ def parser() -> flags.Parser:
     for spec in fields(FlowConfig):
         if spec.name in SETTINGS:
             top.add_argument(f"--{spec.name}", type=int, help=f"{spec.metadata['help']} (default: {spec.default})")
+    flags.add_log(top)
     top.add_argument("--verbose", action="store_true", help="show Ray's own log, and tracebacks")
     flags.add_workers(top)
     flags.add_safety(top)
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if (status := run_there(args, ["fit-prior"], argv)) is not None:
         return status
     if signum := fit_prior(args):
-        say(f"stopped; to go on: dogvae fit-prior{flags.sent()} {shlex.quote(args.folder)}")
+        say(f"stopped; to go on: dogvae fit-prior{flags.sent()} {shlex.quote(args.folder)}{flags.log_flag(args)}")
         return 128 + signum
     from dogvae.training.export import FOLDER
 
@@ -93,8 +95,9 @@ def fit_prior(args: argparse.Namespace) -> int | None:
     if args.prior == "gaussian":
         export(run, config, with_flow=False)
         return None
+    tracking = trackers.prepare(args.log, args.folder)
     os.environ |= flags.network(args)
     say(connect.connect(args.address, args.verbose))
     workers = nodes.choose_workers(args.gpus, args.cpus)
     nodes.wait_for_nodes(workers, safety.node_patience_s)
-    return fit_flow(run, config, _settings(args), workers, safety, args.verbose)
+    return fit_flow(run, config, _settings(args), workers, safety, args.verbose, tracking)

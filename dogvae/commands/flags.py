@@ -19,6 +19,7 @@ from dogvae.config import CROPS, FLOW_SHOWN, VAL_FRACTION, Config, ModelConfig, 
 from dogvae.errors import RunFailed, UsageError, did_you_mean
 
 PRIORS = ("gaussian", "flow")  # that follow the training of a VAE
+TRACKERS = ("wandb", "mlflow")  # besides TensorBoard; dogvae/training/trackers.py
 PRIOR_EPOCHS = f"epochs of a flow; 0: as many as show it {FLOW_SHOWN:,} images (default: 0)"
 INTERNAL = ("architecture", "data", "fingerprint", "loss_scale")  # settings without a flag: set by preset or data
 
@@ -79,6 +80,7 @@ def training_parser(prog: str, description: str | None) -> Parser:
         f"which draws better dogs (default: {PRIORS[0]})",
     )  # fmt: skip
     run.add_argument("--prior-epochs", type=int, default=0, metavar="N", help=PRIOR_EPOCHS)
+    add_log(run)
     run.add_argument("--verbose", action="store_true", help="show Ray's own log, and tracebacks")
     add_workers(top)
     add_safety(top)
@@ -171,6 +173,29 @@ def add_runs(parser: Any) -> None:
         "--runs", default=default_runs(),
         help="folder of all runs, or a URI such as s3:// (default: $DOGVAE_RUNS, or else runs)",
     )  # fmt: skip
+
+
+def add_log(parser: Any) -> None:
+    """Add `--log`."""
+    parser.add_argument(
+        "--log", type=_trackers, default=(), metavar="{" + ",".join(TRACKERS) + "}",
+        help="also send everything that TensorBoard gets to Weights & Biases, to MLflow, or to both: wandb,mlflow",
+    )  # fmt: skip
+
+
+def _trackers(text: str) -> tuple[str, ...]:
+    """`wandb,mlflow` as a tuple."""
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in TRACKERS:
+            hint = did_you_mean(name, TRACKERS)
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(TRACKERS)}{hint}")
+    return names
+
+
+def log_flag(args: argparse.Namespace) -> str:
+    """` --log NAMES` as it was typed, or an empty string."""
+    return f" --log {','.join(args.log)}" if args.log else ""
 
 
 def add_address(parser: Any) -> None:

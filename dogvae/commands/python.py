@@ -122,6 +122,8 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
             words.append(flag)
         elif value is False and name in flags.switches():
             words.append(f"--no-{flag[2:]}")
+        elif isinstance(value, list):
+            words.append(f"{flag}={','.join(map(_text, value))}")
         elif isinstance(value, dict):
             words += [f"{flag}={key}={_text(item)}" for key, item in value.items()]
         elif value is not None and value is not False:

@@ -27,7 +27,7 @@ from dogvae.console import say, waiting
 from dogvae.data.find import DEFAULT_DATA, DataChoice
 from dogvae.errors import RunFailed, UsageError
 from dogvae.storage import Storage
-from dogvae.training import run_folder
+from dogvae.training import run_folder, trackers
 from tune.ranking import best_run
 from tune.search_folder import ABOUT, FOLDER, LIMITS, Entry, Search, SearchPlan, Trial, open_search, save
 from tune.space import DEFAULT, Space, parse_fixed
@@ -72,6 +72,7 @@ def parser(prog: str) -> flags.Parser:
     search.add_argument("--cpus-per-trial", type=int, metavar="N", help="CPUs of each worker (default: 1)")
     search.add_argument("--workers-per-trial", type=int, metavar="K", help="train each trial on K workers (default: 1)")
     search.add_argument("--dry-run", action="store_true", help="print the plan and the first settings, and stop")
+    flags.add_log(search)
     flags.add_address(search)
     flags.add_node_patience(search)
     for name, text in (
@@ -110,7 +111,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     finish(ended, name, where)
     if ended.stopped is None:
         return 0
-    say(f"stopped; to go on: {prog} search{flags.sent()} --resume {name}{where}")
+    say(f"stopped; to go on: {prog} search{flags.sent()} --resume {name}{where}{flags.log_flag(args)}")
     return 128 + ended.stopped if ended.stopped else 0
 
 
@@ -152,6 +153,7 @@ def search(args: argparse.Namespace) -> Ended | None:
         name = name or f"{run_folder.default_name(data)}{ENDING}"
         storage, plan = plan_new(args, name, data)
 
+    tracking = None if args.dry_run else trackers.prepare(args.log, args.runs)
     with waiting("loading Ray Tune"):
         from tune.disk import check_disk
         from tune.schedulers import make_scheduler
@@ -185,7 +187,7 @@ def search(args: argparse.Namespace) -> Ended | None:
     save(storage, plan, known)
     say(f"{storage.uri}: {plan.trials} trials of at most {plan.config.epochs} epochs, {at_once} at a time")
     say(f"watch it: python -m tune dashboard {name}{flags.runs_flag(args.runs)}")
-    stopped = run(storage, plan, known, at_once, args.time_budget)
+    stopped = run(storage, plan, known, at_once, args.time_budget, tracking)
     return exported(open_search(args.runs, name), stopped)
 
 

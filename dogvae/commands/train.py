@@ -27,7 +27,7 @@ from dogvae.config import Config
 from dogvae.console import say, waiting, warn
 from dogvae.data.find import DEFAULT_DATA, DataChoice
 from dogvae.storage import Storage
-from dogvae.training import metrics, run_folder
+from dogvae.training import metrics, run_folder, trackers
 from tune.ranking import best_run
 from tune.search_folder import open_search
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str], prog: str = PROG) -> int:
     if ended.signum:
         prior = f" --prior {args.prior}" if args.prior != flags.PRIORS[0] else ""
         where = f"{flags.sent()} --runs {shlex.quote(args.runs)} --name {run_folder.runs_and_name(ended.storage)[1]}"
-        say(f"stopped; to go on: {flags.typed(prog)}{where} --resume{prior}")
+        say(f"stopped; to go on: {flags.typed(prog)}{where} --resume{prior}{flags.log_flag(args)}")
         if metrics.best(metrics.read(ended.storage)):
             say(f"to use the best so far: dogvae export {shlex.quote(ended.storage.uri)}")
         return 128 + ended.signum
@@ -106,6 +106,7 @@ def train(args: argparse.Namespace) -> Trained | None:
         else:
             choice.check()
             config = Config.make(data=choice.data, **settings)
+    tracking = None if args.dry_run else trackers.prepare(args.log, args.runs)
     os.environ |= flags.network(args)
     with redirect_stdout(sys.stderr if args.dry_run else sys.stdout):
         say(connect.connect(args.address, args.verbose))
@@ -128,11 +129,12 @@ def train(args: argparse.Namespace) -> Trained | None:
     say(f"{storage.uri}: {config.epochs} epochs on {workers}")
     signum = None
     if not run_folder.is_finished(storage, config):
-        signum = launch(config, storage, workers, safety, args.verbose)
+        signum = launch(config, storage, workers, safety, args.verbose, tracking)
     if not signum and args.prior == "flow":
         from dogvae.training.flow_run import fit_flow
 
-        signum = fit_flow(storage, config, {"epochs": args.prior_epochs}, workers, safety, args.verbose)
+        of_flow = {"epochs": args.prior_epochs}
+        signum = fit_flow(storage, config, of_flow, workers, safety, args.verbose, tracking)
     if signum or args.prior == "flow":  # whose training ends with an export
         return Trained(storage, config, signum)
     return _exported(storage, config)

@@ -15,11 +15,18 @@ from dogvae.storage import Storage
 from dogvae.training import metrics
 from dogvae.training.export import FOLDER, export, prior_run
 from dogvae.training.on_ray import launch
-from dogvae.training.run_folder import CONFIG, check_kept, is_finished, save_config
+from dogvae.training.run_folder import CONFIG, check_kept, is_finished, runs_and_name, save_config
+from dogvae.training.trackers import Tracking
 
 
 def fit_flow(
-    run: Storage, config: Config, settings: dict[str, Any], workers: Workers, safety: Safety, verbose: bool
+    run: Storage,
+    config: Config,
+    settings: dict[str, Any],
+    workers: Workers,
+    safety: Safety,
+    verbose: bool,
+    tracking: Tracking | None = None,
 ) -> int | None:
     """Export the VAE of `run`, train a flow for it, from its latest checkpoint if there is one, and export both.
 
@@ -31,7 +38,8 @@ def fit_flow(
     if not is_finished(storage, own):
         save_config(storage, own)
         say(f"{storage.uri}: a flow prior, {own.epochs} epochs on {workers}")
-        if signum := launch(own, storage, workers, safety, verbose):
+        tracking = tracking and replace(tracking, group=runs_and_name(run)[1])
+        if signum := launch(own, storage, workers, safety, verbose, tracking):
             return signum
     export(run, config)
     best = metrics.best(metrics.read(storage))

@@ -6,6 +6,7 @@ It knows torch.distributed, but nothing of Ray: an `Observer` connects it to the
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from dogvae.training.preflight import check_same_run, check_storage, open_datase
 from dogvae.training.ranks import broadcast, on_all_ranks, on_all_ranks_with_heartbeat, rank_and_world_size
 from dogvae.training.schedule import beta_at, lr_at
 from dogvae.training.step import Trainer
+from dogvae.training.trackers import Tracking, start_trackers
 
 PICTURES = 10  # how often during a run pictures go to TensorBoard
 POLL_STEPS_CUDA = 8  # steps between two polls on a GPU: each poll makes the host wait for the GPU
@@ -32,7 +34,12 @@ PREEMPTION_INTERVAL_S = 1.0  # between two questions whether a node is about to 
 
 
 def loop(
-    config: Config, storage: Storage, device: torch.device, observer: Observer, safety: Safety | None = None
+    config: Config,
+    storage: Storage,
+    device: torch.device,
+    observer: Observer,
+    safety: Safety | None = None,
+    tracking: Tracking | None = None,
 ) -> bool:
     """Train from the latest checkpoint in `storage`, or from the start. Every rank calls it.
 
@@ -41,7 +48,7 @@ def loop(
     raised on one rank alone. Other ranks may be waiting for that rank, so its process must end.
     """
     try:
-        return _Run(config, storage, device, observer, safety or Safety()).train()
+        return _Run(config, storage, device, observer, safety or Safety(), tracking).train()
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
@@ -60,7 +67,13 @@ class _Run:
     """A run on one rank. Each checkpoint keeps `meta`: finished epochs, steps over all epochs, seconds, records, ..."""
 
     def __init__(
-        self, config: Config, storage: Storage, device: torch.device, observer: Observer, safety: Safety
+        self,
+        config: Config,
+        storage: Storage,
+        device: torch.device,
+        observer: Observer,
+        safety: Safety,
+        tracking: Tracking | None,
     ) -> None:
         self.config, self.observer, self.safety = config, observer, safety
         self.rank, self.world_size = rank_and_world_size()
@@ -83,7 +96,9 @@ class _Run:
         self.recorder = None
         if self.rank == 0:
             shown = None if observer.wants_saved else config  # a search reports on its trials itself
-            self.recorder = metrics.Recorder(storage, self.meta["records"], observer.note, shown)
+            known = self.meta["records"]
+            trackers = start_trackers(tracking, config, storage, known, observer.note)
+            self.recorder = metrics.Recorder(storage, known, observer.note, shown, trackers)
         self.saved_at = self.asked_at = time.monotonic()
         self.node_leaves = False  # then there is a checkpoint after every step
 
@@ -123,7 +138,9 @@ class _Run:
             return True
         finally:
             if self.recorder:
-                self.recorder.close(ended=self.meta["epoch"] >= self.config.epochs)
+                failed = isinstance(sys.exc_info()[1], Exception)  # Ray Tune ends a trial by SystemExit
+                done = self.meta["epoch"] >= self.config.epochs
+                self.recorder.close("failed" if failed else "finished" if done else "stopped")
 
     def _epoch(self) -> dict[str, Any] | None:
         """Train, validate and save the rest of the current epoch. Returns its record, or None if it was stopped."""

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from dogvae.console import explained_text, warn
 from dogvae.json_text import parse
 from dogvae.storage import Storage
 from dogvae.training.tensorboard import EventFile
+
+if TYPE_CHECKING:
+    from dogvae.training.trackers import Tracker
 
 FILE, RESULTS = "metrics.jsonl", "results.png"
 LEAST_GAIN = 0.03  # of a run that is still improving
@@ -73,7 +76,7 @@ class Recorder:
 
     With a `config`, it also writes the settings for TensorBoard, and keeps results.png up to date. Writing happens in
     the background, so that slow or failing storage does not delay training. A failure is noted, and the next epoch
-    writes all lines again.
+    writes all lines again. The `trackers` get each epoch, too.
     """
 
     def __init__(
@@ -82,8 +85,9 @@ class Recorder:
         records: Sequence[dict[str, Any]],
         note: Callable[[str], None] = warn,
         config: Config | None = None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
-        self._storage, self._note, self._config = storage, note, config
+        self._storage, self._note, self._config, self._trackers = storage, note, config, trackers
         self._records = list(records)
         self._thread = ThreadPoolExecutor(1)
         self._behind = False  # whether the file lacks lines
@@ -100,6 +104,8 @@ class Recorder:
         """Append an epoch: its record, and pictures (3, H, W) uint8 by name."""
         self._records.append(json_ready(record))
         self._thread.submit(self._write, list(self._records), record, pictures)
+        for tracker in self._trackers:
+            tracker.record(self._records[-1], pictures)
 
     def _write(self, records: list[dict[str, Any]], record: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         try:
@@ -144,12 +150,14 @@ class Recorder:
             except OSError as error:
                 self._note(f"the last lines of {FILE} are missing ({error}): a resumed run writes them")
 
-    def close(self, ended: bool = False) -> None:
+    def close(self, state: str = "stopped") -> None:
         """Write what is left to write, and delete the local folder of an object store.
 
-        `ended` says that the run has done all its epochs. Storage that hangs is given up after CLOSE_S seconds: the
-        checkpoint holds all records, so a resumed run can write the missing lines.
+        `state` is how the run has ended: `finished`, `stopped` or `failed`. Storage that hangs is given up after
+        CLOSE_S seconds: the checkpoint holds all records, so a resumed run can write the missing lines.
         """
+        for tracker in self._trackers:
+            tracker.close(state, self._records)
         try:
             self._thread.submit(self._catch_up).result(CLOSE_S)
         except TimeoutError:
@@ -158,7 +166,7 @@ class Recorder:
             return
         self._thread.shutdown()
         try:
-            if ended and self._config is not None:
+            if state == "finished" and self._config is not None:
                 self._events.end()
             self._events.close()
         except OSError as error:

@@ -23,6 +23,7 @@ from dogvae.storage import Storage
 from dogvae.training import fast_start, metrics
 from dogvae.training.events import in_background, start_events
 from dogvae.training.run_folder import runs_and_name
+from dogvae.training.trackers import Tracking
 
 NODES_INTERVAL_S = 5.0  # without a word from the workers, until it is looked whether they have nodes
 RESIZE_INTERVAL_S = 10.0  # how often an elastic run looks for more workers
@@ -41,7 +42,9 @@ def _work(settings: dict[str, Any]) -> tuple[str, str]:
     return work(settings)
 
 
-def launch(config: Config, storage: Storage, workers: Workers, safety: Safety, verbose: bool) -> int | None:
+def launch(
+    config: Config, storage: Storage, workers: Workers, safety: Safety, verbose: bool, tracking: Tracking | None = None
+) -> int | None:
     """Train to the last epoch and show progress.
 
     Returns None when it is done, or the signal (SIGINT, SIGTERM) that stopped it after a checkpoint. Raises UsageError
@@ -51,7 +54,7 @@ def launch(config: Config, storage: Storage, workers: Workers, safety: Safety, v
     title = "prior" if config.flow else "training"
     with stop_signals() as received, Progress(title, plain_interval_s=60) as line:
         line.update(0, config.epochs, "starting the workers")
-        events, fit = start(config, storage, workers, safety, verbose)
+        events, fit = start(config, storage, workers, safety, verbose, tracking=tracking)
         _watch(events, fit, received, line, config, workers, safety)
     how, message = fit.result()
     if how == "mistake":
@@ -68,6 +71,7 @@ def start(
     safety: Safety,
     verbose: bool,
     wants_saved: bool = False,
+    tracking: Tracking | None = None,
 ) -> tuple[Any, Future[tuple[str, str]]]:
     """Begin training in the background. Returns the events' actor, and a future of what `worker.work` returns.
 
@@ -94,7 +98,7 @@ def start(
         _work,
         train_loop_config={
             "config": config, "run": storage.uri, "events": events, "threads": workers.cpus, "safety": safety,
-            "wants_saved": wants_saved, "nodes_may_go": not one_machine,
+            "wants_saved": wants_saved, "nodes_may_go": not one_machine, "tracking": tracking,
         },
         torch_config=ProcessGroup(),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]

@@ -121,7 +121,8 @@ def work(settings: dict[str, Any]) -> tuple[str, str]:
         threads = max(threads, (os.cpu_count() or 1) // context.get_local_world_size())
     torch.set_num_threads(threads)
     try:
-        done = loop(settings["config"], Storage(settings["run"]), device, observer, settings["safety"])
+        config, storage = settings["config"], Storage(settings["run"])
+        done = loop(config, storage, device, observer, settings["safety"], settings["tracking"])
     except OutOfMemory as error:
         ray.get(events.fail.remote(str(error)))
         raise  # the others wait for this rank: Ray Train ends them, and starts an attempt that returns at once

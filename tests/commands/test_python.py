@@ -37,6 +37,7 @@ from tune.trial import name_of
         ({"augment": False}, ["--no-augment"]),
         ({"augment": True, "val_fraction": np.float64(0.1)}, ["--augment", "--val-fraction=0.1"]),
         ({"cpus": (2, 4)}, ["--cpus=2:4"]),
+        ({"log": ["wandb", "mlflow"]}, ["--log=wandb,mlflow"]),
         ({"search": {"lr": "uniform(0,1)", "width": [8, 16]}},
          ["--search=lr=uniform(0,1)", "--search=width=choice(8,16)"]),
         ({"set": {"augment": False, "preset": "small"}}, ["--set=augment=false", "--set=preset=small"]),

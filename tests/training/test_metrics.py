@@ -171,7 +171,7 @@ def test_settings_and_the_end_of_a_run_are_in_tensorboard(tmp_path: Path) -> Non
     for ended in (False, True):
         recorder = Recorder(Storage(tmp_path), read(Storage(tmp_path)), config=config)
         recorder.record({**validated(len(read(Storage(tmp_path)))), "lr": 0.25}, {})
-        recorder.close(ended)
+        recorder.close("finished" if ended else "stopped")
         events = EventAccumulator(str(tmp_path)).Reload()
         text = events.Tensors("settings/text_summary")[-1].tensor_proto.string_val[0].decode()
         assert json.loads(text.strip("`\n"))["lr"] == 0.25
