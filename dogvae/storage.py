@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from dogvae.errors import UsageError
+from dogvae.errors import UsageError, did_you_mean
 
 BLOCK = 8 * 2**20  # bytes; an object store gets one request for each
 
@@ -22,6 +22,16 @@ def is_uri(place: str | Path) -> bool:
 def cache_folder() -> Path:
     """The folder on this node for files that can be fetched again: `$DOGVAE_CACHE`, by default `~/.cache/dogvae`."""
     return Path(os.environ.get("DOGVAE_CACHE") or "~/.cache/dogvae").expanduser().absolute()
+
+
+def did_you_mean_folder(path: str | Path) -> str:
+    """`; did you mean NAME?` for a folder on a disk that is missing, if one beside it has a similar name."""
+    missing = Storage(path).local
+    if missing is None or missing.exists():
+        return ""
+    while not missing.parent.exists():
+        missing = missing.parent
+    return did_you_mean(missing.name, Storage(missing.parent).folders() if missing.parent.is_dir() else ())
 
 
 class Storage:

@@ -20,7 +20,7 @@ from dogvae.inference.model import INFERENCE_BATCH, DogVAE
 from dogvae.json_text import parse
 from dogvae.network.flow import Flow
 from dogvae.network.vae import VAE
-from dogvae.storage import Storage
+from dogvae.storage import Storage, did_you_mean_folder
 
 EXPORT_FORMAT, EXPORT_VERSION = "dogvae-export", 3
 EXPORT = "export"  # the folder of an export in that of its run
@@ -87,7 +87,8 @@ def read_about(path: str | Path) -> dict[str, Any]:
             why = "the folder does not exist"
         elif isinstance(error, NotADirectoryError):
             why = "it is not a folder"
-        raise UsageError(f"{path} is not an exported model: {why}; the export of a run is in RUN/export") from error
+        known = f"the export of a run is in RUN/export{did_you_mean_folder(path)}"
+        raise UsageError(f"{path} is not an exported model: {why}; {known}") from error
     if not isinstance(about, dict) or about.get("format") != EXPORT_FORMAT:
         raise UsageError(f"{path} is not an exported model; the export of a run is in RUN/export")
     if (version := about.get("version")) != EXPORT_VERSION:

@@ -11,7 +11,7 @@ from typing import Any
 from dogvae.config import Config
 from dogvae.data.find import DataChoice
 from dogvae.errors import UsageError, did_you_mean
-from dogvae.storage import Storage, is_uri
+from dogvae.storage import Storage, did_you_mean_folder, is_uri
 from dogvae.training import metrics
 
 CONFIG = "config.json"
@@ -103,7 +103,7 @@ def open_run(run: str) -> tuple[Storage, Config]:
     try:
         return storage, Config.from_json(storage.read(CONFIG).decode(errors="replace"), f"{run}/{CONFIG}")
     except OSError as error:
-        raise UsageError(f"{run} is not a run: it has no {CONFIG}") from error
+        raise UsageError(f"{run} is not a run: it has no {CONFIG}{did_you_mean_folder(run)}") from error
 
 
 def check_kept(config: Config, settings: dict[str, Any]) -> None:

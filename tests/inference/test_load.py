@@ -79,6 +79,19 @@ def test_folder_without_an_export_is_refused(exported: Exported, tmp_path: Path)
         assert "RUN/export" in refused(folder)
 
 
+@pytest.mark.parametrize("typed", ["dgos", "dgos/export"])
+@pytest.mark.parametrize("open_it", [dogvae.load, dogvae.open_run])
+def test_mistyped_run_is_answered_with_the_name_of_the_closest_one(
+    typed: str, open_it: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    for name in ("dogs", "cats"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match=r"; did you mean dogs\?$"):
+        open_it(tmp_path / typed)
+    with pytest.raises(UsageError, match=r"(RUN/export|config\.json)$"):
+        open_it(tmp_path / "horses")
+
+
 @pytest.mark.parametrize(
     "data",
     [
