@@ -9,10 +9,11 @@ from typing import Any
 
 from ray import tune
 
+from dogvae.console import say
 from dogvae.storage import Storage
 from dogvae.training.events import in_background, start_events
 from dogvae.training.run_folder import runs_and_name
-from dogvae.training.trackers import Tracking
+from dogvae.training.trackers import Tracking, end_killed
 from tune.hparams import write_end
 from tune.live import SearchProgress
 from tune.schedulers import make_scheduler
@@ -21,6 +22,7 @@ from tune.searcher import NumberedOptunaSearch, random_trials
 from tune.trial import SharedByTrials, run_trial
 
 SCRATCH = ".tune"  # Ray Tune's own folder; a resumed search does not read it
+ENDS = {"done": "finished", "stopped": "stopped", "failed": "failed"}  # states of trials, in a tracker's words
 RETRIES = 2  # of a trial whose process died
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # they would write every number a second time
@@ -48,6 +50,7 @@ def run(
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    tracking = tracking and replace(tracking, group=runs_and_name(storage)[1])
     events = start_events()
     shared = SharedByTrials(
         search=storage.uri,
@@ -59,7 +62,7 @@ def run(
         ended=frozenset(entry.name for entry in known if entry.state in ("done", "stopped")),
         population=plan.scheduler == "pbt",
         events=events,
-        tracking=tracking and replace(tracking, group=runs_and_name(storage)[1]),
+        tracking=tracking,
     )
     progress = SearchProgress(plan.trials, plan.config.epochs, list(plan.space.domains), known)
     optuna = plan.searcher == "optuna"
@@ -87,7 +90,17 @@ def run(
             verbose=0,
         ),
     )
-    return progress.follow(in_background(tuner.fit), events, budget_s)
+    stopped = progress.follow(in_background(tuner.fit), events, budget_s)
+    for entry in progress.entries.values():
+        if tracking and entry.state in ENDS:  # Ray Tune has killed the processes of the last trials
+            trial, config = storage / f"{FOLDER}/{entry.name}", plan.config.replace(**entry.setting)
+            end_killed(tracking, config, trial, ENDS[entry.state], _say_warning)
+    return stopped
+
+
+def _say_warning(line: str) -> None:
+    if line.startswith("--log"):
+        say(line)
 
 
 def _resources(plan: SearchPlan) -> dict[str, float]:
@@ -118,7 +131,7 @@ class _ProgressCallback(tune.Callback):
         entries[entry.number] = after
         if after != before:
             save_trials(self._storage, [entries[number] for number in sorted(entries)])
-            if after.state in ("done", "stopped", "failed"):
+            if after.state in ENDS:
                 write_end(self._storage / f"{FOLDER}/{after.name}", after.state != "failed")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -122,6 +122,8 @@ class Recorder:
     def wait(self) -> None:
         """Wait until all recorded epochs have been written, or the attempt has failed."""
         self._thread.submit(int).result()
+        for tracker in self._trackers:
+            tracker.wait()
 
     def _write_lines(self, records: list[dict[str, Any]]) -> None:
         self._storage.write(FILE, "".join(json.dumps(r) + "\n" for r in records).encode())

@@ -31,6 +31,7 @@ from dogvae.training.tensorboard import PICTURES, tag_of
 PROJECT = "dogvae"  # of Weights & Biases, and the experiment of MLflow, unless their variables name another
 PREFIXES = ("WANDB_", "MLFLOW_")  # of the variables that both read
 SERVICE = "WANDB_SERVICE"  # wandb sets it: the socket of this process, which ends with it
+RUNNING = "running"  # the state of a run that has not ended, in its file
 CLOSE_S = 30.0  # how long a run waits at its end for each tracker
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"  # MLflow's own default takes minutes
 
@@ -93,13 +94,20 @@ class Tracker:
         """Send an epoch: its JSON-ready record, and pictures (3, H, W) uint8 by name."""
         self._submit(self._send, record, pictures)
 
+    def wait(self) -> None:
+        """Wait until all epochs have been sent, or the tracker has failed."""
+        self._finish(self._submit(lambda: None))
+
     def close(self, state: str, records: Sequence[dict[str, Any]]) -> None:
         """Send the best of `records`, and how the run has ended: `finished`, `stopped` or `failed`."""
+        self._finish(self._submit(self._end, state, metrics.best(records)))
+        self._thread.shutdown(wait=not self._failed, cancel_futures=True)
+
+    def _finish(self, future: Future[None]) -> None:
         try:
-            self._submit(self._end, state, metrics.best(records)).result(CLOSE_S)
+            future.result(CLOSE_S)
         except TimeoutError:
             self._fail(f"no answer within {CLOSE_S:g} s")
-        self._thread.shutdown(wait=not self._failed, cancel_futures=True)
 
     def _submit(self, action: Callable[..., None], *args: Any) -> Future[None]:
         def attempt() -> None:
@@ -113,6 +121,8 @@ class Tracker:
         return self._thread.submit(attempt)
 
     def _fail(self, why: str) -> None:
+        if self._failed:
+            return
         self._failed = True
         self._note(
             f"--log {self._name}: {why}; the training goes on, and --resume --log {self._name} sends what is missing"
@@ -139,8 +149,9 @@ class Tracker:
         self._epochs = record["epoch"] + 1
         self._save()
 
-    def _save(self) -> None:
-        self._storage.write(self._file, json.dumps({"run": self._run.id, "epochs": self._epochs}).encode())
+    def _save(self, state: str = RUNNING) -> None:
+        kept = {"run": self._run.id, "epochs": self._epochs, "state": state}
+        self._storage.write(self._file, json.dumps(kept).encode())
 
     @property
     def _file(self) -> str:
@@ -149,11 +160,20 @@ class Tracker:
     def _end(self, state: str, best: dict[str, Any] | None) -> None:
         numbers = {f"best/{k.removeprefix('val_')}": float(v) for k, v in (best or {}).items() if k.startswith("val_")}
         self._run.end(state, {**numbers, "best/epoch": best["epoch"] + 1.0} if best else {})
+        self._save(state)
 
 
 def start_trackers(tracking: Tracking | None, *about: Any) -> list[Tracker]:
     """The trackers of a run; `about` are the other arguments of a Tracker."""
     return [Tracker(name, tracking, *about) for name in tracking.names] if tracking else []
+
+
+def end_killed(tracking: Tracking, config: Config, storage: Storage, state: str, note: Callable[[str], None]) -> None:
+    """End a run in the trackers where it is still running, because its process was killed."""
+    records = metrics.read(storage)
+    for name in tracking.names:
+        if storage.exists(f"{name}.json") and parse(storage.read(f"{name}.json"))["state"] == RUNNING:
+            Tracker(name, tracking, config, storage, records, note).close(state, records)
 
 
 class _Wandb:
@@ -202,7 +222,7 @@ class _Wandb:
         import wandb
 
         images = {f"{PICTURES}/{name}": wandb.Image(picture) for name, picture in pictures.items()}
-        self._run.log({**numbers, **images}, step=step)
+        self._run.log({**numbers, **images}, step=step, commit=True)  # else a kill would lose the step
 
     def end(self, state: str, best: Mapping[str, float]) -> None:
         self._run.summary.update({**best, "state": state})
