@@ -132,7 +132,7 @@ class _Run:
                 if self.observer.wants_saved:
                     self.checkpoints.wait()
                     if self.recorder:
-                        self.recorder.wait()
+                        self.recorder.wait(last=self.meta["epoch"] >= self.config.epochs)
                 self.observer.epoch(record)
             self.checkpoints.wait()
             return True

@@ -119,11 +119,15 @@ class Recorder:
         if time.monotonic() >= self._draw_again:
             self._draw()
 
-    def wait(self) -> None:
-        """Wait until all recorded epochs have been written, or the attempt has failed."""
+    def wait(self, last: bool = False) -> None:
+        """Wait until all recorded epochs have been written, or the attempt has failed; `last` ends the trackers' runs."""
         self._thread.submit(int).result()
         for tracker in self._trackers:
-            tracker.wait()
+            if last:
+                tracker.close("finished", self._records)
+            else:
+                tracker.wait()
+        self._trackers = () if last else self._trackers
 
     def _write_lines(self, records: list[dict[str, Any]]) -> None:
         self._storage.write(FILE, "".join(json.dumps(r) + "\n" for r in records).encode())

@@ -135,7 +135,7 @@ class Tracker:
         name = self._storage.uri.partition("?")[0].rpartition("/")[2]
         flow = {f"flow_{key}": value for key, value in asdict(config.flow).items()} if config.flow else {}
         self._run = KINDS[self._name](kept["run"], name, group, {**config.flat(), **flow}, self._storage)
-        self._epochs = max(kept["epochs"], self._run.epochs)
+        self._epochs = self._first = max(kept["epochs"], self._run.epochs)
         self._save()
         self._note(f"{self._name}: {self._run.where}")
         for record in records:
@@ -150,7 +150,8 @@ class Tracker:
         self._save()
 
     def _save(self, state: str = RUNNING) -> None:
-        kept = {"run": self._run.id, "epochs": self._epochs, "state": state}
+        safe = state != RUNNING or self._run.survives_kill
+        kept = {"run": self._run.id, "epochs": self._epochs if safe else self._first, "state": state}
         self._storage.write(self._file, json.dumps(kept).encode())
 
     @property
@@ -180,6 +181,7 @@ class _Wandb:
     """A run of Weights & Biases."""
 
     epochs = 0  # its server ignores steps that it has
+    survives_kill = False  # what is in its buffers is lost until the run has ended
 
     @staticmethod
     def environment(runs: Storage) -> dict[str, str]:
@@ -222,7 +224,7 @@ class _Wandb:
         import wandb
 
         images = {f"{PICTURES}/{name}": wandb.Image(picture) for name, picture in pictures.items()}
-        self._run.log({**numbers, **images}, step=step, commit=True)  # else a kill would lose the step
+        self._run.log({**numbers, **images}, step=step)
 
     def end(self, state: str, best: Mapping[str, float]) -> None:
         self._run.summary.update({**best, "state": state})
@@ -231,6 +233,8 @@ class _Wandb:
 
 class _Mlflow:
     """A run of MLflow."""
+
+    survives_kill = True
 
     @staticmethod
     def environment(runs: Storage) -> dict[str, str]:
