@@ -120,7 +120,7 @@ class Recorder:
             self._draw()
 
     def wait(self, last: bool = False) -> None:
-        """Wait until all recorded epochs have been written, or the attempt has failed; `last` ends the trackers' runs."""
+        """Wait until all recorded epochs have been written, or have failed. `last`: end the runs of the trackers."""
         self._thread.submit(int).result()
         for tracker in self._trackers:
             if last:
