@@ -6,9 +6,9 @@ from dogvae import signals
 
 
 def _main() -> int:
-    from dogvae.commands import flags, train
+    from dogvae.commands import entry, train
 
-    return flags.run(train.main)
+    return entry.run(train.main)
 
 
 if __name__ == "__main__":

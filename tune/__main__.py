@@ -6,9 +6,9 @@ from dogvae import signals
 
 
 def _main() -> int:
-    from dogvae.commands import flags, search
+    from dogvae.commands import entry, search
 
-    return flags.run(search.main)
+    return entry.run(search.main)
 
 
 if __name__ == "__main__":

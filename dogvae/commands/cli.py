@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dogvae import __version__
-from dogvae.commands import flags, play
+from dogvae.commands import entry, flags, play
 from dogvae.config import CROPS, IMAGE_SIZES
 from dogvae.console import Progress, say, waiting
 from dogvae.data.manifest import read_manifest
@@ -26,7 +26,7 @@ DATASET = "a dataset that `dogvae prepare` made: a folder, or a URI such as s3:/
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line; tests of the documentation read it, too."""
-    top = flags.Parser(prog="dogvae", description="Variational autoencoders of dog photos, trained on Ray.")
+    top = entry.Parser(prog="dogvae", description="Variational autoencoders of dog photos, trained on Ray.")
     top.add_argument("--version", action="version", version=f"dogvae {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     # `_main` passes these to train.py, search.py, fit_prior.py and cloud.py, which have parsers of their own.
@@ -294,4 +294,4 @@ def _main(argv: Sequence[str]) -> int | None:
 
 def main() -> int:
     """Run `dogvae` with the arguments of this process; returns the exit status."""
-    return flags.run(_main)
+    return entry.run(_main)

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from dogvae.commands import flags
+from dogvae.commands import entry
 from dogvae.console import say, waiting
 from dogvae.errors import UsageError
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of `dogvae cloud`."""
-    top = flags.Parser(prog="dogvae cloud", description="A cluster's account on AWS: make it ready, and check it.")
+    top = entry.Parser(prog="dogvae cloud", description="A cluster's account on AWS: make it ready, and check it.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     setup = commands.add_parser("setup", help="make what a cluster needs in your account, and its cluster.yaml")
     setup.description = (
@@ -89,8 +89,8 @@ def _setup(args: argparse.Namespace) -> int:
     file = ClusterFile(output if output.exists() else Path(args.cluster).expanduser())
     region = args.region or file.region
     with waiting("asking AWS"):
-        ssh_from = _network(args.ssh_from)
         account = Account(region, "--region" if args.region else str(file.path))
+        ssh_from = _network(args.ssh_from)
         stack = Stack(account, file.name)
         difference = stack.difference(ssh_from)
         facts = [f"costs: {line}" for line in costs(account, file)]
@@ -137,7 +137,9 @@ def _network(ssh_from: str) -> str:
             with urllib.request.urlopen(ADDRESS, timeout=10) as answer:
                 ssh_from = answer.read(100).decode().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--ssh-from auto: {ADDRESS} does not answer ({error}); name your network") from error
+            raise UsageError(
+                f"--ssh-from auto: {ADDRESS} does not answer ({error}); name a network, such as 203.0.113.7/32"
+            ) from error
     try:
         network = ipaddress.IPv4Network(ssh_from)
     except ValueError as error:

@@ -15,7 +15,7 @@ from dataclasses import fields
 from typing import Any
 
 from dogvae.cluster import connect, nodes
-from dogvae.commands import flags
+from dogvae.commands import entry, flags
 from dogvae.commands.remote import run_there
 from dogvae.config import FLOW, Config, FlowConfig, check
 from dogvae.console import say, waiting
@@ -26,9 +26,9 @@ from dogvae.training.run_folder import open_run
 SETTINGS = ("epochs", "batch_size", "lr", "width", "depth")  # of a flow that have flags
 
 
-def parser() -> flags.Parser:
+def parser() -> entry.Parser:
     """The command's flags."""
-    top = flags.Parser(prog="dogvae fit-prior", description=__doc__)
+    top = entry.Parser(prog="dogvae fit-prior", description=__doc__)
     top.add_argument(
         "folder", metavar="RUN", help="the run of a VAE, such as runs/NAME: a folder, or a URI such as s3://"
     )

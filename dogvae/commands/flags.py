@@ -1,22 +1,18 @@
-"""Command lines: flags that several commands share, a flag for every setting, and errors of one line."""
+"""Flags that several commands share, and a flag for every setting."""
 
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any
 
-from dogvae import signals
-from dogvae.cluster import connect
 from dogvae.cluster.submit import SENT
+from dogvae.commands.entry import Parser
 from dogvae.config import CROPS, FLOW_SHOWN, VAL_FRACTION, Config, ModelConfig, Safety, check, fields_of
-from dogvae.errors import RunFailed, UsageError, did_you_mean
+from dogvae.errors import UsageError, did_you_mean
 
 PRIORS = ("gaussian", "flow")  # that follow the training of a VAE
 TRACKERS = ("wandb", "mlflow")  # besides TensorBoard; dogvae/training/trackers.py
@@ -24,34 +20,10 @@ PRIOR_EPOCHS = f"epochs of a flow; 0: as many as show it {FLOW_SHOWN:,} images (
 INTERNAL = ("architecture", "data", "fingerprint", "loss_scale")  # settings without a flag: set by preset or data
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UsageError with one line, instead of printing the usage and exiting."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        wrong, _, known = message.partition("invalid choice: ")[2].partition(" (choose from ")
-        hint = did_you_mean(wrong.strip("'"), re.findall(r"[\w-]+", known))
-        raise UsageError(f"{message}{hint} (see {self.prog} --help)")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As of the base class; for an unknown flag, the closest one of the command is named."""
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            parser: argparse.ArgumentParser = self
-            for action in self._actions:
-                if isinstance(action, argparse._SubParsersAction):
-                    parser = action.choices.get(getattr(parsed, action.dest), self)
-            flag = unknown[0].partition("=")[0]
-            known = parser._option_string_actions if flag.startswith("--") else []
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(flag, known)}")
-        return parsed
-
-
 def typed(prog: str) -> str:
-    """What to type to run `prog`."""
-    return f"python {prog}" if prog.endswith(".py") else prog
+    """What to type to run `prog`: a script by the path that was typed."""
+    script = sys.argv[0] if os.path.basename(sys.argv[0]) == prog else prog
+    return f"python {shlex.quote(script)}" if prog.endswith(".py") else prog
 
 
 def training_parser(prog: str, description: str | None) -> Parser:
@@ -305,62 +277,3 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 def switches() -> set[str]:
     """The settings that are on or off: `--augment`, `--no-augment`."""
     return {name for name, _, kind in [*fields_of(Config), *fields_of(ModelConfig)] if kind is bool}
-
-
-def use_fast_start() -> None:
-    """Have `connect` start Ray with the shortcuts of `fast_start`, which is imported only then."""
-
-    def start_ray(verbose: bool, **options: Any) -> None:
-        from dogvae.training import fast_start
-
-        fast_start.start_ray(verbose, **options)
-
-    connect.start_ray = start_ray
-
-
-def _check_not_empty(argv: Sequence[str]) -> None:
-    """Raise UsageError for an empty argument: as a path it would mean another folder than the user's."""
-    for before, argument in pairwise(["the command", *argv]):
-        flag, equals, value = argument.partition("=")
-        if not argument or (flag.startswith("--") and equals and not value):
-            name = flag or (before if before.startswith("-") else f"the argument after {before}")
-            raise UsageError(f"{name}: the text is empty, as that of a shell variable that is not set")
-
-
-def _print_error(error: BaseException) -> None:
-    """Print an error as one line, also if it quotes a file that holds several."""
-    line = " ".join(filter(None, str(error).splitlines()))
-    print(f"error: {line.encode(errors='backslashreplace').decode()}", file=sys.stderr)
-
-
-def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 2 for a mistake of the user, 1 for a failed run, 130 after Ctrl-C.
-
-    An error is printed to stderr as one line; with --verbose, mistakes raise UsageError instead.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    use_fast_start()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are not UTF-8 come out as they are
-    try:
-        _check_not_empty(argv)
-        return main(argv) or 0
-    except UsageError as error:
-        if "--verbose" in argv:
-            raise
-        _print_error(error)
-        return 2
-    except RunFailed as error:
-        _print_error(error)
-        return 1
-    except KeyboardInterrupt:
-        return signals.end()
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        if "--verbose" in argv:
-            raise
-        print(f"error: {error.filename or ''}: {error.strerror or error}; choose another folder", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # The reader of our output has ended (`| head`). Without stdout, Python does not complain at exit either.
-        sys.stdout = None
-        return 141

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dogvae.commands import flags
+from dogvae.commands import entry, flags
 from dogvae.errors import UsageError
 from dogvae.jupyter import silence_widgets
 
@@ -147,7 +147,7 @@ def _in_this_process(args: Any) -> Iterator[None]:
     # Read when Ray is imported. Threads that still use Ray after its end would start another one.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     silence_widgets()
-    flags.use_fast_start()
+    entry.use_fast_start()
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dogvae.cluster import connect, nodes
-from dogvae.commands import flags
+from dogvae.commands import entry, flags
 from dogvae.commands.remote import run_there
 from dogvae.config import Config, check
 from dogvae.console import say, waiting
@@ -36,9 +36,9 @@ PROG = "python -m tune"
 ENDING = "-search"  # of the name of a search that was begun without --name
 
 
-def parser(prog: str) -> flags.Parser:
+def parser(prog: str) -> entry.Parser:
     """The commands search, report and dashboard with their flags."""
-    top = flags.Parser(prog=prog, description=__doc__)
+    top = entry.Parser(prog=prog, description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     search = commands.add_parser("search", help="train many settings side by side, and export the best model")
     search.add_argument(
@@ -185,7 +185,8 @@ def search(args: argparse.Namespace) -> Ended | None:
         plan = replace(plan, config=filled)
     check_disk(storage, plan, {entry.number for entry in known})
     save(storage, plan, known)
-    say(f"{storage.uri}: {plan.trials} trials of at most {plan.config.epochs} epochs, {at_once} at a time")
+    most = "one epoch" if plan.config.epochs == 1 else f"at most {plan.config.epochs} epochs"
+    say(f"{storage.uri}: {plan.trials} trials of {most}, {at_once} at a time")
     say(f"watch it: python -m tune dashboard {name}{flags.runs_flag(args.runs)}")
     stopped = run(storage, plan, known, at_once, args.time_budget, tracking)
     return exported(open_search(args.runs, name), stopped)

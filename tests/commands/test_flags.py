@@ -16,7 +16,7 @@ from PIL import Image
 
 from dogvae.cluster.network import TO_WORKERS, worker_environment
 from dogvae.cluster.submit import SENT
-from dogvae.commands import flags
+from dogvae.commands import entry, flags
 from dogvae.commands.remote import run_there
 from dogvae.config import Config, Safety
 from dogvae.errors import RunFailed, UsageError
@@ -196,23 +196,23 @@ def test_errors_become_an_exit_status_and_one_line(
         raise raised
 
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # `run` sets it to None for a broken pipe
-    assert flags.run(main, []) == status
+    assert entry.run(main, []) == status
     assert capsys.readouterr().err == err
 
 
 def test_status_of_a_command_is_returned_and_other_errors_are_raised() -> None:
     seen: list[Any] = []
-    assert flags.run(seen.append, ["a", "b"]) == 0
+    assert entry.run(seen.append, ["a", "b"]) == 0
     assert seen == [["a", "b"]]
-    assert flags.run(lambda argv: 3, []) == 3
+    assert entry.run(lambda argv: 3, []) == 3
 
     def mistaken(argv: Any) -> None:
         raise UsageError("--data: nothing is there")
 
     with pytest.raises(UsageError):  # the traceback that was asked for
-        flags.run(mistaken, ["--verbose"])
+        entry.run(mistaken, ["--verbose"])
     with pytest.raises(ZeroDivisionError):
-        flags.run(lambda argv: 1 // 0, [])
+        entry.run(lambda argv: 1 // 0, [])
 
 
 # --- arguments that are no names
@@ -228,7 +228,7 @@ def test_status_of_a_command_is_returned_and_other_errors_are_raised() -> None:
     ],
 )
 def test_empty_argument_is_refused(typed: list[str], name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert flags.run(lambda argv: pytest.fail("it was run"), typed) == 2
+    assert entry.run(lambda argv: pytest.fail("it was run"), typed) == 2
     assert capsys.readouterr().err.startswith(f"error: {name}: the text is empty")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dogvae.commands import flags
+from dogvae.commands import entry
 from dogvae.data.dataset import Dataset
 from dogvae.data.prepare import prepare
 from dogvae.inference.load import load
@@ -98,7 +98,7 @@ def check(door: Callable[[], Any], what: str, capsys: pytest.CaptureFixture[str]
         door()
 
     began = time.monotonic()
-    status = flags.run(main, [])
+    status = entry.run(main, [])
     _, told = capsys.readouterr()
     assert time.monotonic() - began < LONGEST_S, what
     assert (status, told.count("\n"), told[:7]) in ((0, 0, ""), (2, 1, "error: ")), f"{what}: {told}"

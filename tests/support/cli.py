@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from dogvae.commands import cli, flags
+from dogvae.commands import cli, entry
 
 
 def dogvae(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of `dogvae ARGV`."""
-    code = flags.run(cli._main, [*map(str, argv)])
+    code = entry.run(cli._main, [*map(str, argv)])
     return code, *capsys.readouterr()
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import dogvae
-from dogvae.commands import cli, flags
+from dogvae.commands import cli, entry
 from dogvae.config import Config
 from dogvae.data.dataset import Dataset
 from dogvae.errors import UsageError
@@ -278,7 +278,7 @@ def test_is_export_distinguishes_exports_from_runs(run: tuple[Path, Config], fol
 
 def command(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of `dogvae export ...`."""
-    code = flags.run(cli._main, ["export", *map(str, argv)])
+    code = entry.run(cli._main, ["export", *map(str, argv)])
     return code, *capsys.readouterr()
 
 

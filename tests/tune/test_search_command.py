@@ -18,8 +18,9 @@ import pytest
 import ray
 
 from dogvae.cluster import connect, nodes
-from dogvae.commands import flags, train
 from dogvae.commands import search as command
+from dogvae.commands import train
+from dogvae.commands.entry import run as run_command
 from dogvae.config import ModelConfig
 from dogvae.errors import UsageError
 from dogvae.network.vae import VAE
@@ -63,12 +64,12 @@ class Shell:
 
     def run(self, *argv: str) -> tuple[int, str, str]:
         """`python -m tune ...`: exit status, stdout and stderr."""
-        return flags.run(command.main, argv), *self._capsys.readouterr()
+        return run_command(command.main, argv), *self._capsys.readouterr()
 
     def mistake(self, *argv: str, said: str = "", main: Callable[[Sequence[str]], int] = command.main) -> str:
         """The one error line of a mistake. Nothing in the folder may change, and stdout is empty or `said`."""
         before = contents(self.folder)
-        assert flags.run(main, argv) == 2
+        assert run_command(main, argv) == 2
         out, err = self._capsys.readouterr()
         assert out in ("", said)
         assert err.startswith("error: ")
@@ -145,7 +146,7 @@ def test_resumed_search_refuses_other_settings(typed: str, shell: Shell) -> None
 
 @pytest.mark.parametrize("argv", [["search", "--resume"], ["report"], ["dashboard"]], ids=" ".join)
 def test_missing_or_damaged_search_is_one_line(argv: list[str], shell: Shell) -> None:
-    assert shell.mistake(*argv, "dogs").endswith("it has no search yet")
+    assert shell.mistake(*argv, "dogs").endswith("there is none in that folder yet")
     path = write_search(shell.runs, [Spec(setting(), [500.0])])
     assert shell.mistake(*argv, "cats").endswith(f"no search called cats in {shell.runs}; its searches are dogs")
     (path / "trials.json").write_text("[{")
@@ -219,8 +220,8 @@ def test_flags_become_the_plan(searches: Searches, dogs: str, shell: Shell) -> N
     typed = "--trials 7 --epochs 5 --seed 9 --search lr=uniform(0.1,0.2) --set width=8 --set latent_dim=4 "
     typed += "--scheduler none --searcher optuna --time-budget 2m --name s"
     assert shell.run("search", "--data", dogs, *typed.split())[0] == 0
-    ((plan, known, at_once, budget_s),) = searches
-    assert (known, at_once, budget_s) == ([], 2, 120.0)
+    ((plan, known, at_once, budget_s, tracking),) = searches
+    assert (known, at_once, budget_s, tracking) == ([], 2, 120.0, None)
     assert (plan.trials, plan.searcher, plan.scheduler, plan.seed) == (7, "optuna", "none", 9)
     assert (plan.workers, plan.cpus, plan.gpus) == (1, 1, 0.0)
     assert plan.space.to_json() == {"lr": "uniform(0.1,0.2)", "samples": "choice(1,3,10)"}
@@ -291,7 +292,7 @@ def test_run_that_is_not_there_is_started_by_resume_with_data(
 ) -> None:
     typed = ["--name", "new", "--resume", "--epochs", "3", "--dry-run"]
     assert "add --data" in shell.mistake(*typed, main=train.main)
-    assert flags.run(train.main, [*typed, "--data", dogs]) == 0
+    assert run_command(train.main, [*typed, "--data", dogs]) == 0
     said, told = capsys.readouterr()
     assert (json.loads(said)["data"], json.loads(said)["epochs"]) == (dogs, 3)
     assert told.startswith("warning: --resume: there is no run new in runs yet, so it starts now\n")
@@ -304,7 +305,7 @@ def test_resumed_search_knows_its_plan_and_trials(searches: Searches, shell: She
     shell.run("search", "--resume", "dogs")
     shell.run("search", "--resume", "dogs", "--trials", "9", "--time-budget", "30s")
     known = [entry(0, "failed", "why", lr=0.002), entry(1)]
-    assert searches == [(PLAN, known, 2, None), (replace(PLAN, trials=9), known, 2, 30.0)]
+    assert searches == [(PLAN, known, 2, None, None), (replace(PLAN, trials=9), known, 2, 30.0, None)]
     assert open_search("runs", "dogs").about["trials"] == 9
 
 
@@ -363,7 +364,7 @@ def test_from_search_starts_with_the_best_trials_config(
     write_search(shell.runs, [Spec(setting(), [500.0] * 8), Spec(setting(lr=0.002), [490.0] * 3)])
     before = contents(shell.folder)
     typed = ["--from-search", "dogs", "--epochs", "20", "--name", "longer", "--dry-run"]
-    assert flags.run(train.main, typed) == 0
+    assert run_command(train.main, typed) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown.pop("run") == f"{shell.runs}/longer"
     assert shown.pop("workers") == "1 CPU worker of 2 CPUs"
