@@ -114,9 +114,10 @@ def _parameter_panel(axes: Axes, name: str, domain: Domain, ranked: list[Row]) -
     values, losses, epochs = zip(*((row[name], row["loss"], row["epochs"]) for row in ranked), strict=True)
     bottom, top = _limits(losses)
     if domain.kind == "choice":
-        # Evenly spaced choices. Each dot is moved sideways by its trial number, so that equal ones do not overlap.
+        # Evenly spaced choices. Dots of one choice are moved sideways by their trial number, so that none is hidden.
         levels = list(dict.fromkeys([*sorted(domain.values), *values]))
-        x = np.array([levels.index(row[name]) + 0.3 * (row["trial"] * 0.618 % 1 - 0.5) for row in ranked])
+        shift = {row["trial"]: 0.3 * (row["trial"] * 0.618 % 1 - 0.5) * (values.count(row[name]) > 1) for row in ranked}
+        x = np.array([levels.index(row[name]) + shift[row["trial"]] for row in ranked])
         labels = [textwrap.fill(_short(level), 12) for level in levels]
         axes.set_xticks(range(len(levels)), labels)
         if sum(min(12, len(label)) + 2 for label in labels) > 44:

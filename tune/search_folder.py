@@ -177,11 +177,14 @@ def _no_search(runs: Storage, name: str, storage: Storage) -> str:
     if storage.exists(TRIALS):
         return f"{storage.uri} is damaged: {ABOUT} is missing; restore it from a backup, or start a new search"
     if storage.exists(CONFIG):
-        return f"{storage.uri} is a single run, not a search; to see it: tensorboard --logdir {storage.uri}"
+        return (
+            f"{storage.uri} is a single run, not a search; to see it: tensorboard --logdir {storage.uri}; to train it "
+            f"longer: dogvae train --name {name} --resume --epochs N"
+        )
     if runs.local is None:  # an object store lists files only
         return f"there is no search called {name} in {runs.uri}"
     others = sorted(path.parent.name for path in runs.local.glob(f"*/{ABOUT}"))
-    known = f"its searches are {', '.join(others)}" if others else "it has no search yet"
+    known = f"its searches are {', '.join(others)}" if others else "there is none in that folder yet"
     return f"there is no search called {name} in {runs.uri}; {known}"
 
 

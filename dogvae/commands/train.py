@@ -141,10 +141,14 @@ def train(args: argparse.Namespace) -> Trained | None:
 
 
 def _exported(storage: Storage, config: Config) -> Trained:
-    with waiting("loading PyTorch"):
-        from dogvae.training.export import export
+    try:
+        with waiting("loading PyTorch"):
+            from dogvae.training.export import export
 
-    export(storage, config)
+        export(storage, config)
+    except KeyboardInterrupt:
+        say(f"all epochs are trained; to export the best: dogvae export {shlex.quote(storage.uri)}")
+        raise
     return Trained(storage, config)
 
 

@@ -147,7 +147,7 @@ def _prepare(
 def _counts(manifest: dict[str, Any]) -> str:
     train, val = (manifest["splits"][split]["count"] for split in ("train", "val"))
     near, bad = (manifest.get(name, 0) for name in ("near_duplicates", "bad_profiles"))
-    notes = f", {near} near-duplicates kept on one side" if near else ""
+    notes = f", {near} near-duplicate{'s' * (near > 1)} kept on one side" if near else ""
     notes += f", {bad} damaged colour profiles ignored" if bad else ""
     return f"{train} train + {val} val images{notes}, {manifest['rejected']} rejected"
 
