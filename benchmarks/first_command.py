@@ -38,7 +38,7 @@ import measure
 from overhead import importing, lines_of
 
 Stages = dict[str, float]
-SEARCH = ["--trials", "6", "--epochs", "3", "--set", "preset=small", "--scheduler", "none"]
+SEARCH = ["--trials", "6", "--epochs", "3", "--set", "preset=small", "--set", "samples=1", "--scheduler", "none"]
 COMMANDS = ["train", "resume", "search"]
 BAR = 40  # characters of the longest stage
 

@@ -7,7 +7,7 @@
     epochs    a run of 500 epochs: seconds an epoch, and what the run's folder holds
     workers   1 to 16 workers of one CPU, on the cores that there are: until the first step, and a step
 
-A part with a bent curve would show growth above 1: the exponent of the last tenfold (of workers, of the last doubling).
+Growth is the exponent between the last two rows: above 1, a figure grows faster than in proportion.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from dogvae.compat import noted_cluster
 from dogvae.console import waiting
 from dogvae.errors import UsageError
 
-NICENESS = "5"  # of workers: Ray's 15 leaves them 1/30 of what another busy process gets; 5 leaves them a third
+NICENESS = "5"  # of workers; Ray's own 15 lets a busy machine all but stop them (docs/decisions.md)
 UNREADABLE = "this user may not execute {}: use a Python that all may read"
 
 start_ray: Callable[..., None] | None = None

@@ -50,7 +50,9 @@ def test_search_is_read_back(tmp_path: Path) -> None:
 
 
 def test_missing_search_lists_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=rf"^there is no search called dogs in {tmp_path}/no; there is none in that folder yet$"):
+    with pytest.raises(
+        UsageError, match=rf"^there is no search called dogs in {tmp_path}/no; there is none in that folder yet$"
+    ):
         open_search(str(tmp_path / "no"), "dogs")
     for name in ("cats", "birds"):
         write_search(tmp_path, [], name=name)
