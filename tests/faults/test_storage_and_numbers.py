@@ -199,7 +199,7 @@ def test_skipped_steps_in_a_row_are_counted_over_an_interruption(dataset: Path, 
 
 
 def _fail_to_save_on_rank_0(rank: int, config: Config, out: str) -> None:
-    run = _Run(config, Storage(out), CPU, StopAt(), Safety())
+    run = _Run(config, Storage(out), CPU, StopAt(), Safety(), None)
 
     def save(*args: object) -> None:
         raise RunFailed("no checkpoint could be written")
@@ -210,7 +210,7 @@ def _fail_to_save_on_rank_0(rank: int, config: Config, out: str) -> None:
 
 
 def _change_a_weight_on_rank_1(rank: int, config: Config, out: str) -> None:
-    run = _Run(config, Storage(out), CPU, StopAt(), Safety())
+    run = _Run(config, Storage(out), CPU, StopAt(), Safety(), None)
     with torch.no_grad():
         if rank == 1:
             next(run.trainer.model.parameters())[0, 0, 0, 0] += 1e-6
