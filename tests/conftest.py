@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from tests.support.exports import Exported
 
 WriteDataset = Callable[..., Path]
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, for all processes of the tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
