@@ -85,7 +85,9 @@ def missing() -> str:
     lacking = [name for name in ("ip", "rsync", "unshare", "ssh", "sshd", "uv", "curl") if not _find(name)]
     # A host installs these without a network, so they must be installed here.
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line[:60])
-    have = {d.name.lower().replace("_", "-"): d.version.partition("+")[0] for d in distributions()}
+    # The first of a name counts, as for an import: setuptools puts copies of some packages at the end of the path.
+    found = reversed(list(distributions()))
+    have = {d.name.lower().replace("_", "-"): d.version.partition("+")[0] for d in found}
     lacking += [f"{name}=={pin}" for name, pin in pins.items() if have.get(name, pin) != pin]
     return ", ".join(lacking)
 
