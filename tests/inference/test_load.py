@@ -295,3 +295,10 @@ print(time.perf_counter() - began, *[name for name in sys.modules if name.starts
         if float(seconds) < 1.5:
             return
     pytest.fail(f"{seconds} s")
+
+
+def test_name_of_a_run_is_answered_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs/best/export").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"best is not an exported model: .*; did you mean runs/best\?$"):
+        load("best")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import dogvae
 from dogvae.commands import cli, entry
+from dogvae.commands import train as train_command
 from dogvae.config import Config
 from dogvae.data.dataset import Dataset
 from dogvae.errors import UsageError
@@ -27,6 +28,7 @@ from dogvae.storage import Storage
 from dogvae.training.checkpoint import Checkpoint, Checkpoints
 from dogvae.training.export import export, export_again, is_export
 from dogvae.training.run_folder import save_config
+from tests.support.exports import Exported
 from tests.support.runs import SIZE, drawn_dogs, job, latest, train, write_images
 
 VAL = 12
@@ -326,3 +328,16 @@ def test_command_refuses_what_is_not_a_run(
     for text in ("[]", "{", '{"model": {"width": 1}}', '{"format": "other"}'):
         (tmp_path / "config.json").write_text(text)
         refused(capsys, tmp_path)
+
+
+def test_ctrl_c_during_the_export_of_a_trained_run_says_how_to_export_it(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dogvae.training.export.export", interrupted)
+    run = Storage(exported.run)
+    with pytest.raises(KeyboardInterrupt):
+        train_command._exported(run, Config.from_json(run.read("config.json").decode(), run.uri))
+    assert f"all epochs are trained; to export the best: dogvae export {exported.run}\n" in capsys.readouterr().out
