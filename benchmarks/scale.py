@@ -224,10 +224,10 @@ def main() -> None:
         run, most = PARTS[part]
         with tempfile.TemporaryDirectory() as folder:
             found[part] = run(Path(folder), args.most or most)
+        print("\n".join(table(part, found[part])), flush=True)
     if args.picture:
         draw(found, args.picture)
-    lines = [line for part, rows in found.items() for line in table(part, rows)]
-    measure.report({"parts": found}, lines, args, "ray")
+    measure.report({"parts": found}, [], args, "ray")
 
 
 if __name__ == "__main__":
