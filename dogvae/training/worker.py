@@ -26,7 +26,11 @@ STOP_INTERVAL_S = 0.5
 
 
 class RayObserver(Observer):
-    """Tells the events' actor and Ray Train what happens, without waiting for either."""
+    """Tells the events' actor what happens, without waiting for it.
+
+    Nothing is reported to Ray Train: it keeps no checkpoint of ours, and `ray.train.report` would wait until Ray Train
+    asks its workers the next time, so that no epoch could be shorter than the half second between two questions.
+    """
 
     def __init__(self, events: Any, rank: int, wants_saved: bool, nodes_may_go: bool) -> None:
         self._events, self._rank, self.wants_saved, self._nodes_may_go = events, rank, wants_saved, nodes_may_go
@@ -43,7 +47,6 @@ class RayObserver(Observer):
     def epoch(self, record: dict[str, Any]) -> None:
         if self._rank == 0:
             self._events.tell.remote("epoch", record)
-        ray.train.report(record)
 
     def note(self, line: str) -> None:
         self._events.tell.remote("note", line)

@@ -56,5 +56,5 @@ def test_run_and_trials_of_ray_are_in_both_trackers(tmp_path: Path, monkeypatch:
             lines = {r["epoch"] + 1: {tag_of(k): v for k, v in r.items() if k != "epoch"} for r in records}
             assert one.numbers == lines
             assert one.group == ("" if folder.name == "dogs" else "best")
-            assert one.pictures
+            assert one.pictures or one.state == "stopped"  # Ray may kill a stopped trial, and W&B's buffers with it
         assert {name: one.state for name, one in sent.items()} == {"dogs": "finished", **states}

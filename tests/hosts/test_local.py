@@ -186,7 +186,7 @@ def training(lab: Lab) -> Command:
     dashboard = lab.laptop.open_dashboard()
     began, clock = time.monotonic(), time.time()
     command = lab.start(
-        TRAIN, "--address", dashboard, "--data", f"{SHARE}/dogs", "--name", "run", "--epochs", "3000", "--width", "4",
+        TRAIN, "--address", dashboard, "--data", f"{SHARE}/dogs", "--name", "run", "--epochs", "100000", "--width", "4",
         "--latent-dim", "4", "--batch-size", "8", "--cpus", "1:2", "--checkpoint-every", "5s",
     )  # fmt: skip
     command.wait_until(lambda: lab.lines("run"), 120)

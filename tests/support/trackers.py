@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlflow import MlflowClient
@@ -48,8 +49,11 @@ def _of_mlflow(client: MlflowClient, run: Any) -> Sent:
     pictures: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
     for file in client.list_artifacts(run.info.run_id, "images"):
         if named := re.fullmatch(r"images/(.*)\+step\+(\d+)\+timestamp\+.*\.png", file.path):
-            path = client.download_artifacts(run.info.run_id, file.path)
-            pictures[named[1].replace("~", "/")][int(named[2])] = Image.open(path).size
+            with (
+                TemporaryDirectory() as folder,
+                Image.open(client.download_artifacts(run.info.run_id, file.path, folder)) as picture,
+            ):
+                pictures[named[1].replace("~", "/")][int(named[2])] = picture.size
     return Sent(
         name=run.info.run_name,
         group=run.data.tags.get("group", ""),
