@@ -65,7 +65,9 @@ def ours(args: argparse.Namespace) -> None:
 
     from dogvae.data.dataset import Batches, Dataset, epoch_order
     from dogvae.training.augment import augment, draws
+    from dogvae.training.memory import keep_freed_memory
 
+    keep_freed_memory()  # as a worker does
     torch.set_num_threads(args.threads)
     train, turns, epoch = Dataset(args.data).train, measure.Turns(), 0
     while not turns.over:

@@ -195,16 +195,24 @@ def table(part: str, rows: list[Row]) -> list[str]:
 def draw(found: dict[str, list[Row]], path: Path) -> None:
     """A panel for each part; both axes are logarithmic, so that growth in proportion is a line like the grey one."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
-    figure = Figure(figsize=(4 * len(found), 3.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(4.6 * len(found), 4.4), dpi=80, layout="constrained")
     for axes, (part, rows) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True):
         n = [row["n"] for row in rows]
-        for name in (name for name in rows[0] if name != "n"):
-            axes.loglog(n, [row[name] for row in rows], marker="o", markersize=3, label=name)
-        low = min(row[name] for row in rows for name in rows[0] if name != "n" and row[name] > 0)
-        axes.loglog(n, [low * x / n[0] for x in n], color="0.8", zorder=0, linewidth=3)
+        names = [name for name in rows[0] if name != "n"]
+        figures = [row[name] for row in rows for name in names if row[name] > 0]
+        low = min(figures)
+        axes.loglog(n, [low * x / n[0] for x in n], color="0.85", zorder=0, linewidth=4, label="in proportion")
+        for name in names:
+            axes.loglog(n, [row[name] for row in rows], marker="o", markersize=4, label=name)
+        axes.set_xticks(n, [f"{x:,.0f}" for x in n])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+        axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(max(figures))))
+        axes.minorticks_off()
         axes.set_title(part)
-        axes.legend(fontsize=7, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     figure.savefig(path)
 
 

@@ -62,17 +62,18 @@ def one(part: str) -> str:
     return command
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_first_command_trains_on_drawn_dogs_in_minutes(checkout: Path) -> None:
     command = re.sub(f"^{SET_UP}", "", COMMANDS[0])
     assert command == "python train_distributed.py"
     started = time.monotonic()
     told = succeed(command, checkout)
-    assert time.monotonic() - started < 300  # "two or three minutes on two cores", if nothing else runs on them
+    assert time.monotonic() - started < 300  # "about two minutes on two cores", if nothing else runs on them
     (export,) = (checkout / "runs").glob("portraits-*/export")
     assert (export / "preview.png").exists()
     assert str(export) in told
-    assert "epoch 16/16" in told
+    assert "epoch 14/14" in told
 
 
 @pytest.mark.slow

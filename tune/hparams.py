@@ -25,7 +25,7 @@ METRICS = {  # the tag of a curve, and its title in the table
 def write_hparams(run: Storage, name: str, setting: Mapping[str, Any], space: Space) -> None:
     """Write an event file with a trial's settings and the table's columns into the trial's folder `run`.
 
-    `name` is the folder's name. The table shows only its number, because the settings have columns of their own.
+    The table shows `name`. Trials of one name would be one row, also those of two searches.
     """
     for file in run.names():
         if file.endswith(END_SUFFIX):  # the trial goes on
@@ -33,7 +33,7 @@ def write_hparams(run: Storage, name: str, setting: Mapping[str, Any], space: Sp
     from tensorboardX.proto.api_pb2 import DataType, Experiment
     from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionStartInfo
 
-    info = SessionStartInfo(group_name=name.partition("-")[0])
+    info = SessionStartInfo(group_name=name)
     experiment = Experiment()
     for parameter, domain in space.domains.items():
         fill(info.hparams[parameter], setting[parameter])

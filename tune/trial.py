@@ -28,7 +28,7 @@ from dogvae.training.checkpoint import Checkpoints
 from dogvae.training.loop import loop
 from dogvae.training.observer import Observer
 from dogvae.training.on_ray import start
-from dogvae.training.run_folder import CHECKPOINTS, save_config
+from dogvae.training.run_folder import CHECKPOINTS, runs_and_name, save_config
 from dogvae.training.trackers import Tracking
 from tune.hparams import write_hparams
 from tune.search_folder import FOLDER
@@ -142,7 +142,8 @@ def run_trial(config: dict[str, Any], shared: SharedByTrials) -> None:
         if shared.population:
             _load_population_checkpoint(shared, name, storage, own_config)
         save_config(storage, own_config)
-        write_hparams(storage, name, setting, shared.space)
+        search = runs_and_name(Storage(shared.search))[1]
+        write_hparams(storage, f"{search} {name.partition('-')[0]}", setting, shared.space)
         train = _train_on_workers if shared.workers > 1 else _train_here
         done = train(shared, own_config, storage, observer)
     except (UsageError, RunFailed) as error:

@@ -13,7 +13,7 @@ from dogvae.pictures import grid, to_uint8
 from dogvae.rng import Stream
 
 COLUMNS = 8
-PHOTOS, SAMPLES = 16, 24
+PHOTOS, SAMPLES = 16, 32
 FITTED_TO = 128  # training images, spread evenly; the export's prior is fitted to all of them
 MOST_LATENTS = 4096  # more have a covariance of over 128 MB: then there are no samples from the fitted prior
 SHOWN_SIDE = 128  # pixels of a picture, to which smaller ones are enlarged

@@ -89,6 +89,7 @@ def run_cell(client: BlockingKernelClient, code: str) -> str:
     return "".join(printed)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_stop_button_saves_a_checkpoint_and_resume_goes_on(
     kernel: tuple[KernelManager, BlockingKernelClient], tmp_path: Path
@@ -133,6 +134,7 @@ def test_quickstart_is_small_and_has_run_from_top_to_bottom() -> None:
     assert len(pictures(notebook)) == 8
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_quickstart_runs_in_a_fresh_kernel_within_minutes(tmp_path: Path, fresh: None) -> None:
     notebook = nbformat.read(QUICKSTART, as_version=4)

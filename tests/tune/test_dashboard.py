@@ -63,7 +63,7 @@ def write_epochs(folder: Path, trial: int, epochs: range) -> None:
 def write_events(folder: Path) -> Path:
     """Add the event files that training and `write_hparams` write; returns the search's folder."""
     for number, name in enumerate(NAMES):
-        write_hparams(Storage(folder / f"trials/{name}"), name, SPECS[number].setting, PLAN.space)
+        write_hparams(Storage(folder / f"trials/{name}"), f"best {number:02d}", SPECS[number].setting, PLAN.space)
         write_epochs(folder, number, range(EPOCHS))
     return folder
 
@@ -128,7 +128,7 @@ def check_settings(page: Any, link: str, shots: Path) -> None:
     for number, row in enumerate(rows):
         last = trial_record(number, EPOCHS - 1)
         measured = [last[key] for key in ("val_loss", "val_reconstruction", "val_kl", "val_explained", "seconds")]
-        assert row[0] == f"{number:02d}"
+        assert row[0] == f"best {number:02d}"
         numbers = [*SPECS[number].setting.values(), *measured]
         assert [float(cell) for cell in row[2:10]] == pytest.approx(numbers, rel=1e-4)
 
@@ -315,14 +315,14 @@ def test_curves_grow_with_a_running_search_on_an_object_store(
 def test_changed_settings_replace_the_hparams_file(tmp_path: Path) -> None:
     """PBT changes settings. A resumed trial writes the same settings again: the file stays."""
     run = Storage(tmp_path / "00-lr0.001")
-    write_hparams(run, "00-lr0.001", setting(), PLAN.space)
+    write_hparams(run, "best 00", setting(), PLAN.space)
     (first,) = tmp_path.glob("*/*.hparams")
     old = first.stat().st_mtime_ns
-    write_hparams(run, "00-lr0.001", dict(reversed(setting().items())), PLAN.space)
+    write_hparams(run, "best 00", dict(reversed(setting().items())), PLAN.space)
     assert first.stat().st_mtime_ns == old
-    write_hparams(run, "00-lr0.001", setting(lr=0.002), PLAN.space)
+    write_hparams(run, "best 00", setting(lr=0.002), PLAN.space)
     (now,) = tmp_path.glob("*/*.hparams")
     content = EventAccumulator(str(now)).Reload().SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     told = HParamsPluginData.FromString(content).session_start_info
-    assert told.group_name == "00"
+    assert told.group_name == "best 00"
     assert {name: value.number_value for name, value in told.hparams.items()} == setting(lr=0.002)
