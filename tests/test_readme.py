@@ -99,10 +99,10 @@ def test_commands_for_your_own_dogs_make_their_pictures(checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_commands_of_the_search_export_the_best_trial(checkout: Path) -> None:
-    """With fewer trials and epochs, to save time."""
+    """With fewer trials and epochs, and a narrower network, to save time."""
     if not (checkout / "dataset").exists():
         succeed("dogvae prepare photos dataset --val-fraction 0.1", checkout)
-    told = succeed(f"{one('-m tune search')} --trials 2 --epochs 2", checkout)
+    told = succeed(f"{one('-m tune search')} --trials 2 --epochs 2 --set width=8", checkout)
     told += succeed(one("-m tune report"), checkout)
     assert "best of 2 is trial" in told
     assert (checkout / "runs/best/report.png").stat().st_size > 10_000
@@ -112,9 +112,13 @@ def test_commands_of_the_search_export_the_best_trial(checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_python_of_the_readme_trains_and_searches(checkout: Path) -> None:
-    """With fewer trials and epochs, to save time."""
+    """With fewer trials and epochs, and narrower networks, to save time."""
     (python,) = [block for block in PYTHON if "dogvae.train(" in block]
-    for much, little in (("epochs=40", "epochs=2"), ("trials=12", "trials=2, epochs=2"), ("epochs=200", "epochs=3")):
+    little_work = {
+        "epochs=40": "epochs=2, width=8", "trials=12": "trials=2, epochs=2", '"small"}': '"small", "width": 8}',
+        "epochs=200": "epochs=3",
+    }  # fmt: skip
+    for much, little in little_work.items():
         assert much in python
         python = python.replace(much, little)
     check = "print(len(run.metrics), len(figure.axes), dogs.shape, len(search.trials), len(longer.metrics))"

@@ -22,7 +22,7 @@ from PIL import Image
 from tests.support.command import ROOT
 
 QUICKSTART = ROOT / "docs/quickstart.ipynb"
-SECONDS = 480  # of the quickstart: twice what it takes at most on two cores that nothing else uses
+SECONDS = 360  # of the quickstart: twice what it takes at most on two cores that nothing else uses
 SMALL = 'preset="small", width=4, batch_size=16, cpus=1'
 
 

@@ -102,7 +102,7 @@ def test_prepare_ends_with_one_line_and_leaves_nothing(times: int, tmp_path: Pat
     (photos / "many").mkdir()
     for n in range(20_000):
         (photos / f"many/{n}.png").hardlink_to(photos / "000.png")
-    for signum, after_s in moments("prepare", 6, 5.0):
+    for signum, after_s in moments(f"prepare {times}", 4, 5.0):
         argv = ["-m", "dogvae", "prepare", str(photos), "out"]
         assert signalled(tmp_path, argv, signum, after_s, times)[-1] == WORDS[signum]
         left = others(tmp_path)
@@ -112,7 +112,7 @@ def test_prepare_ends_with_one_line_and_leaves_nothing(times: int, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
 def test_training_ends_with_one_line_and_can_be_resumed(times: int, exported: Exported, tmp_path: Path) -> None:
-    for n, (signum, after_s) in enumerate(moments("train", 3, 12.0)):
+    for n, (signum, after_s) in enumerate(moments(f"train {times}", 2, 12.0)):
         argv = [TRAIN, "--data", str(exported.dataset), "--name", f"run{n}", *TINY]
         lines = signalled(tmp_path, argv, signum, after_s, times)
         run = Storage(tmp_path / f"runs/run{n}")
@@ -127,10 +127,10 @@ def test_training_ends_with_one_line_and_can_be_resumed(times: int, exported: Ex
 @pytest.mark.parametrize("times", [1, 2])
 def test_search_and_doctor_end_with_one_line(times: int, exported: Exported, tmp_path: Path) -> None:
     fixed = ["--set", "width=4", "--set", "latent_dim=2", "--epochs", "300"]
-    for signum, after_s in moments("search", 3, 10.0):
+    for signum, after_s in moments(f"search {times}", 2, 10.0):
         argv = ["-m", "tune", "search", "--data", str(exported.dataset), "--trials", "4", *fixed]
         signalled(tmp_path, argv, signum, after_s, times)
-    for signum, after_s in moments("doctor", 2, 3.0):
+    for signum, after_s in moments(f"doctor {times}", 1, 3.0):
         signalled(tmp_path, ["-m", "dogvae", "doctor"], signum, after_s, times)
 
 

@@ -46,10 +46,11 @@ def trial_record(trial: int, epoch: int) -> dict[str, Any]:
 
 
 def pictures(epoch: int) -> dict[str, np.ndarray]:
-    """Random pictures with the names and sizes of a small dataset's."""
+    """Pictures of one random colour, with the names and sizes of a small dataset's."""
     rng = np.random.default_rng(epoch)
     sizes = {"reconstructions": (522, 1042), "samples, N(0, I)": (392, 1042), "walk": (132, 1042)}
-    return {name: rng.integers(0, 256, (3, *size), np.uint8) for name, size in sizes.items()}
+    colours = {name: rng.integers(0, 256, (3, 1, 1), np.uint8) for name in sizes}
+    return {name: np.broadcast_to(colours[name], (3, *size)) for name, size in sizes.items()}
 
 
 def write_epochs(folder: Path, trial: int, epochs: range) -> None:
