@@ -82,6 +82,7 @@ class Checkpoints:
         self._writing: Future[None] | None = None
         self._lock = Lock()
         self._waiting: list[_Waiting] = []
+        self._emptying = False  # whether the thread will yet look at what waits
         self._since = 0.0  # when a write last succeeded, or the writing began
         self._failing = False  # whether the last write failed
         self._scores: dict[str, float] = {}  # `_score` of each file
@@ -100,8 +101,8 @@ class Checkpoints:
             best = min(self._waiting, key=lambda c: _score(c.meta), default=None)
             best_first = [best] if best and _score(best.meta) < math.inf else []
             self._waiting = [*best_first, state]
-            if self._writing is None or self._writing.done():
-                self._since = time.monotonic()
+            if not self._emptying:  # `_writing` is done only a moment after the thread has looked for the last time
+                self._emptying, self._since = True, time.monotonic()
                 self._writing = self._thread.submit(self._write_waiting)
 
     def wait(self) -> None:
@@ -138,6 +139,7 @@ class Checkpoints:
         while True:
             with self._lock:
                 if not self._waiting:
+                    self._emptying = False
                     return
                 state = self._waiting[0]
             if state.arrived is not None:

@@ -205,6 +205,25 @@ def test_queue_keeps_only_the_newest_and_the_best(tmp_path: Path) -> None:
 # --- storage that fails
 
 
+def test_state_is_written_that_is_saved_while_the_thread_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread has found nothing more to write, and its future is not done yet."""
+    checkpoints, write = Checkpoints(Storage(tmp_path)), Checkpoints._write_waiting
+    found_nothing, saved_again = threading.Event(), threading.Event()
+
+    def slow_end(self: Checkpoints) -> None:
+        write(self)
+        found_nothing.set()
+        saved_again.wait(10)
+
+    monkeypatch.setattr(Checkpoints, "_write_waiting", slow_end)
+    checkpoints.save(tensors(), meta(10))
+    assert found_nothing.wait(10)
+    checkpoints.save(tensors(), meta(20))
+    saved_again.set()
+    checkpoints.wait()
+    assert steps(tmp_path) == [10, 20]
+
+
 def test_hanging_storage_ends_the_run_when_patience_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dogvae.training.checkpoint.LONGEST_PAUSE_S", 0.1)
     checkpoints = Checkpoints(UnreliableStorage(tmp_path, delay_s=1.0), patience_s=0.2)
