@@ -326,7 +326,7 @@ def test_scale_writes_and_opens_datasets_and_draws_the_curves(tmp_path: Path, mo
 def test_scale_of_epochs_reads_what_a_run_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (twenty, fifty) = main_of(scale, tmp_path, monkeypatch, "--parts", "epochs", "--most", 50)["parts"]["epochs"]
     assert fifty["metrics.jsonl, KB"] == pytest.approx(2.5 * twenty["metrics.jsonl, KB"], rel=0.02)
-    assert fifty["an epoch, ms"] > 0
+    assert 0 < fifty["an epoch, ms"] < 400  # 48 on an idle machine; 503 when each epoch was reported to Ray Train
     assert 0.1 < fifty["folder, MB"] < 20
 
 

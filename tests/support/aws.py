@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.support.command import ROOT, wait_until
+from tests.support.command import ROOT
+from tests.support.servers import start_moto
 
 REGION = "us-west-2"
 KEYS = {
@@ -27,13 +26,7 @@ class Aws:
     """The server. `env` are the variables by which boto3 finds it."""
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        quiet = subprocess.DEVNULL
-        typed = [sys.executable, ROOT / "tests/support/aws_server.py", str(self.port)]
-        self.process = subprocess.Popen(typed, stdout=quiet, stderr=quiet)
-        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", self.port)) == 0, 60)
+        self.process, self.port, self._log = start_moto(sys.executable, ROOT / "tests/support/aws_server.py")
         self.url = f"http://127.0.0.1:{self.port}"
         self.env = {**KEYS, "AWS_ENDPOINT_URL": self.url}
 

@@ -1,4 +1,4 @@
-"""`python aws_server.py PORT`: moto's server, and what the tests need and moto lacks.
+"""`python aws_server.py -p PORT`: moto's server, and what the tests need and moto lacks.
 
 Added are the deep learning image that docs/aws-account.yaml names, and quotas of vCPUs: eu-central-1 has none for GPU
 machines. moto has no price list, checks neither permissions nor credentials, and makes a stack at once.
@@ -41,4 +41,4 @@ def quota(self: Any, service_code: str, quota_code: str) -> dict[str, Any]:
 
 ParameterDict._check_loading_status = load_with_image
 ServiceQuotasBackend.get_service_quota = quota
-main(["-p", sys.argv[1]])
+main(sys.argv[1:])

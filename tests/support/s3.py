@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
+
+from tests.support.servers import start_moto
 
 
 class Server:
@@ -18,17 +16,7 @@ class Server:
     bucket = "dogs"
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        script = Path(sys.executable).with_name("moto_server")
-        self._log = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
-        with open(self._log.name, "w") as log:
-            self.process = subprocess.Popen([script, "-p", str(self.port)], stdout=log, stderr=log)
-        end = time.monotonic() + 60
-        while socket.socket().connect_ex(("127.0.0.1", self.port)):
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        self.process, self.port, self._log = start_moto(Path(sys.executable).with_name("moto_server"))
 
     def asked(self, method: str) -> list[str]:
         """The names of the objects that were requested by this HTTP method so far, in order."""
