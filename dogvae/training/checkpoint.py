@@ -82,7 +82,6 @@ class Checkpoints:
         self._writing: Future[None] | None = None
         self._lock = Lock()
         self._waiting: list[_Waiting] = []
-        self._emptying = False  # whether the thread will yet look at what waits
         self._since = 0.0  # when a write last succeeded, or the writing began
         self._failing = False  # whether the last write failed
         self._scores: dict[str, float] = {}  # `_score` of each file
@@ -98,11 +97,12 @@ class Checkpoints:
         copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         state = _Waiting(*_moving_to_host(copies), meta)
         with self._lock:
+            idle = not self._waiting  # a state waits until it is written, and then the thread looks again
             best = min(self._waiting, key=lambda c: _score(c.meta), default=None)
             best_first = [best] if best and _score(best.meta) < math.inf else []
             self._waiting = [*best_first, state]
-            if not self._emptying:  # `_writing` is done only a moment after the thread has looked for the last time
-                self._emptying, self._since = True, time.monotonic()
+            if idle:
+                self._since = time.monotonic()
                 self._writing = self._thread.submit(self._write_waiting)
 
     def wait(self) -> None:
@@ -139,7 +139,6 @@ class Checkpoints:
         while True:
             with self._lock:
                 if not self._waiting:
-                    self._emptying = False
                     return
                 state = self._waiting[0]
             if state.arrived is not None:
