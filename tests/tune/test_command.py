@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import dogvae
 from dogvae.config import Config
@@ -115,6 +117,15 @@ def test_every_trial_is_there_once_with_the_settings_of_its_number(searched: Pat
     assert "done" in states(searched).values()
     with (searched / "runs/s/report.csv").open() as file:
         assert sorted(int(row["trial"]) for row in csv.DictReader(file)) == list(range(TRIALS))
+
+
+def test_table_of_settings_names_trials_by_search_and_number(searched: Path) -> None:
+    """Trials of two searches in one TensorBoard would else share a row."""
+    told = []
+    for file in sorted((searched / "runs/s/trials").glob("*/*.hparams")):
+        metadata = EventAccumulator(str(file)).Reload().SummaryMetadata("_hparams_/session_start_info")
+        told.append(HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info.group_name)
+    assert told == [f"s {number:02d}" for number in range(TRIALS)]
 
 
 def test_trials_with_bad_numbers_have_failed_and_the_others_ended(searched: Path) -> None:
