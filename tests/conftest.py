@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,6 +82,19 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     from tests.support.exports import train_and_export  # late: it imports the whole product
 
     return train_and_export(tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture
+def no_internet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Downloads fail: nobody listens where the proxy should be.
+
+    `urlopen` reads the variables only once, at its first call in a process; so it forgets them before and after.
+    """
+    for protocol in ("http", "https"):
+        monkeypatch.setenv(f"{protocol}_proxy", "http://127.0.0.1:9")
+    urllib.request.install_opener(None)  # type: ignore[arg-type]
+    yield
+    urllib.request.install_opener(None)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -345,9 +345,8 @@ def test_oxford_pets_gives_its_dogs_without_a_download_if_it_is_there(tmp_path: 
 
 
 @pytest.mark.slow
-def test_oxford_pets_without_internet_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for protocol in ("http", "https"):
-        monkeypatch.setenv(f"{protocol}_proxy", "http://127.0.0.1:9")
+@pytest.mark.usefixtures("no_internet")
+def test_oxford_pets_without_internet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"oxford-pets cannot be downloaded .* check the internet connection"):
         open_source(f"oxford-pets:{tmp_path}")
 

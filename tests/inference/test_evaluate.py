@@ -272,11 +272,11 @@ def test_explained_is_not_defined_for_images_that_do_not_differ(
     assert json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["explained"] is None
 
 
+@pytest.mark.usefixtures("no_internet")
 def test_json_is_all_of_the_output_also_if_a_download_fails(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     args = ("evaluate", exported.folder, exported.dataset, "--samples", SAMPLES, "--device", "cpu", "--json")
     code, out, err = dogvae(capfd, *args)
     assert (code, "Downloading" in err) == (0, True)
