@@ -25,12 +25,13 @@ def cache_folder() -> Path:
 
 
 def did_you_mean_folder(path: str | Path) -> str:
-    """`; did you mean NAME?` for a folder that is missing, if it is in `runs`, or has a similar name beside it."""
+    """`; did you mean NAME?` for a missing folder: one of all runs ($DOGVAE_RUNS, or `runs`), or one beside it."""
     missing = Storage(path).local
     if missing is None or missing.exists():
         return ""
-    if not missing.is_relative_to(runs := Path("runs").absolute()) and (runs / path).is_dir():
-        return f"; did you mean runs/{path}?"
+    runs = Path(os.environ.get("DOGVAE_RUNS") or "runs")  # a URI is no folder here: it is not looked into
+    if not missing.is_relative_to(runs.absolute()) and (runs / path).is_dir():
+        return f"; did you mean {runs / path}?"
     while not missing.parent.exists():
         missing = missing.parent
     return did_you_mean(missing.name, Storage(missing.parent).folders() if missing.parent.is_dir() else ())

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -297,8 +298,15 @@ print(time.perf_counter() - began, *[name for name in sys.modules if name.starts
     pytest.fail(f"{seconds} s")
 
 
-def test_name_of_a_run_is_answered_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "runs/best/export").mkdir(parents=True)
+@pytest.mark.parametrize("runs", [None, "kept/here"])
+def test_name_of_a_run_is_answered_with_its_folder(
+    runs: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"best is not an exported model: .*; did you mean runs/best\?$"):
+    monkeypatch.delenv("DOGVAE_RUNS", raising=False)
+    if runs:
+        monkeypatch.setenv("DOGVAE_RUNS", runs)
+    (tmp_path / (runs or "runs") / "best/export").mkdir(parents=True)
+    text = f"best is not an exported model: .*; did you mean {re.escape(runs or 'runs')}/best\\?$"
+    with pytest.raises(UsageError, match=text):
         load("best")
