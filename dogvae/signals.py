@@ -1,8 +1,9 @@
 """SIGINT and SIGTERM: a command ends with one line and the exit status 128 + n, whatever it is doing.
 
 `run` is the first call of every command, before anything slow is imported. The first signal raises KeyboardInterrupt,
-so that what is unfinished is deleted. A second one ends the process at once. `stop_signals` replaces this where a
-command first saves its work.
+so that what is unfinished is deleted. During an import it waits for the end of that: C++ which calls Python in there,
+as torch's does, would abort. A second one ends the process at once. `stop_signals` replaces this where a command first
+saves its work.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 CLEANUP_S = 10  # how long a command may take to end after the first signal
-AGAIN_S = 0.01  # until a KeyboardInterrupt that was lost is raised again
+AGAIN_S = 0.01  # until a KeyboardInterrupt that was lost, or has to wait, is raised again
 
 _first = 0  # the signal that ends this command
 _is_over = False  # the command has returned, and Python is shutting down
 _status = 1  # the exit status; 1 for an error that nobody caught
-_raise_again = False  # the last KeyboardInterrupt was lost
+_raise_again = False  # the last KeyboardInterrupt was lost, or had to wait
 
 
 def run(main: Callable[[], int]) -> int:
@@ -79,28 +81,46 @@ def end() -> int:
     return 128 + signum
 
 
-def _interrupt(signum: int, frame: Any) -> None:
+def _interrupt(signum: int, frame: FrameType | None) -> None:
     global _first, _raise_again
-    if (_first and not _raise_again) or _is_over:
+    is_again = _raise_again and signum == signal.SIGALRM
+    if (_first and not is_again) or _is_over:
         if not (_first and _is_over):  # else the line is printed already
             _first = _first or signum
             os.write(2, f"{WORDS[_first]}\n".encode())  # not `print`, in which the signal may have come
         _kill_children()
         os._exit(128 + _first)
     _first, _raise_again = _first or signum, False
+    if _is_importing(frame):
+        _interrupt_soon()
+        return
     signal.alarm(CLEANUP_S)
     raise KeyboardInterrupt
 
 
+def _interrupt_soon() -> None:
+    global _raise_again
+    _raise_again = True
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether `frame` belongs to a module that is being imported, or was called from one."""
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _was_lost(kind: type[BaseException]) -> bool:
     """Whether Python was about to print the end of the command and go on. Then it is raised once more, soon."""
-    global _first, _raise_again
+    global _first
     if issubclass(kind, SystemExit):  # by the handler that `ray.init` installs
         _first = _first or signal.SIGTERM
     if not (_first and issubclass(kind, (KeyboardInterrupt, SystemExit))):
         return False
-    _raise_again = True
-    signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+    _interrupt_soon()
     return True
 
 
