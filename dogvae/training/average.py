@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 
 class Average:
@@ -14,22 +15,28 @@ class Average:
     """
 
     def __init__(self, averages: nn.Module, weights: nn.Module, fused: bool) -> None:
-        self._pairs = list(zip(averages.parameters(), [p.detach() for p in weights.parameters()], strict=True))
-        self._sgd: torch.optim.SGD | None = None
-        if fused:
-            self._sgd = torch.optim.SGD(averages.parameters(), weight_decay=1.0, maximize=True, fused=True)
-            for average, weight in self._pairs:
-                average.grad = weight
+        self._averages: list[Tensor] = list(averages.parameters())
+        self._weights = [p.detach() for p in weights.parameters()]
+        self._fused = fused
 
     @torch.no_grad()
     def update(self, share: float, skipped: Tensor) -> None:
         """Move by `share`; where `skipped` () is 1, not at all."""
-        if self._sgd:
-            (group,) = self._sgd.param_groups
-            group["lr"] = share
-            self._sgd.found_inf = skipped  # type: ignore[attr-defined]  # as in dogvae/training/optimizer.py
-            self._sgd.step()
+        if self._fused:
+            sgd(
+                self._averages,
+                self._weights,
+                momentum_buffer_list=[None] * len(self._averages),
+                fused=True,
+                found_inf=skipped,
+                weight_decay=1.0,
+                momentum=0.0,
+                lr=share,
+                dampening=0.0,
+                nesterov=False,
+                maximize=True,
+            )
             return
         left = (1 - skipped) * share
-        for average, weight in self._pairs:
+        for average, weight in zip(self._averages, self._weights, strict=True):
             average.lerp_(weight, left)

@@ -131,9 +131,8 @@ class EarlyRayTrainWorker:
     def __init__(self) -> None:
         from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
-        import dogvae.training.worker
+        import dogvae.training.worker  # noqa: F401
 
-        dogvae.training.worker.import_all()
         self.worker = RayTrainWorker()
 
 

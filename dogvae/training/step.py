@@ -61,7 +61,8 @@ class Trainer:
         if self.world_size > 1:
             self.net = self._distributed(self.net)
         # DDP averages over ranks: times their number, the slices' sums add up to the mean over the global batch.
-        self.factor = torch.full((), float(self.world_size), device=device)
+        # None for one rank: given a tensor, torch imports sympy in the first step.
+        self.factor = torch.full((), float(self.world_size), device=device) if self.world_size > 1 else None
         self.noise = torch.Generator(device)
         self.sums = EpochSums(device, self.task.terms)  # of this epoch
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # steps skipped in a row, up to now

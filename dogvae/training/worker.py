@@ -63,11 +63,6 @@ class RayObserver(Observer):
         return self._nodes_may_go and ray.train.get_preemption_info() is not None
 
 
-def import_all() -> None:
-    """Import what a run needs, before it is known which: torch imports its compiler when an optimiser is made."""
-    torch.optim.Adam([torch.zeros(1)])
-
-
 def prepare() -> None:
     """Settings of the process, before its process group is made."""
     choose_interface()
