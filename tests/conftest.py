@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import urllib.request
 import uuid
@@ -25,6 +26,9 @@ WriteDataset = Callable[..., Path]
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, for all processes of the tests
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other process of the tests needs the cores: threads that wait do not spin
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 @pytest.fixture(scope="session", autouse=True)
