@@ -15,8 +15,9 @@ import torch.multiprocessing as mp
 
 def start_ranks(work: Callable[..., None], world_size: int, *args: Any) -> None:
     """Run `work(rank, *args)` in one process per rank and wait for all. Raises the error of a process that failed."""
-    # The processes are forked from a clean server, so that torch is imported once.
-    multiprocessing.set_forkserver_preload(["pytest", "torch.distributed", "dogvae.training.loop", "tensorboardX"])
+    # The processes are forked from a clean server, so that torch is imported once, and its compiler, which DDP needs.
+    modules = ["pytest", "torch.distributed", "torch._dynamo", "dogvae.training.loop", "tensorboardX"]
+    multiprocessing.set_forkserver_preload(modules)
     mp.start_processes(work, args, nprocs=world_size, start_method="forkserver")
 
 
