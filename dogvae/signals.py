@@ -39,6 +39,8 @@ def run(main: Callable[[], int]) -> int:
     sys.unraisablehook, sys.excepthook = _lost_in_callback, _lost_in_extension
     try:
         _status = main()
+        if _raise_again:
+            raise KeyboardInterrupt
     except BaseException as error:  # also an error that follows from the interruption
         if _first:
             _status = end()

@@ -162,16 +162,17 @@ def test_signal_ends_the_command_whatever_third_parties_do_with_it(work: str) ->
     assert time.monotonic() - began < 15
 
 
+@pytest.mark.parametrize("rest", ["time.sleep(20); print('missed')", "return 0"])
 @pytest.mark.parametrize(("times", "printed"), [(1, "imported\n"), (2, "")])
 def test_signal_during_an_import_waits_for_its_end_and_a_second_one_does_not(
-    times: int, printed: str, tmp_path: Path
+    times: int, printed: str, rest: str, tmp_path: Path
 ) -> None:
     """torch's C++ calls Python while it is imported: KeyboardInterrupt in there would abort the process."""
     kill = "os.kill(os.getpid(), signal.SIGTERM)"
     wait = "end = time.monotonic() + 0.1\nwhile time.monotonic() < end: time.sleep(0.001)"
     lines = ["import os, signal, time", kill, wait, *[kill] * (times - 1), "print('imported', flush=True)"]
     (tmp_path / "slow.py").write_text("\n".join(lines))
-    code = "import sys, time\nfrom dogvae import signals\ndef main(): import slow; time.sleep(20); print('missed')\n"
+    code = f"import sys, time\nfrom dogvae import signals\ndef main(): import slow; {rest}\n"
     argv = [sys.executable, "-c", code + "sys.exit(signals.run(main))"]
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
