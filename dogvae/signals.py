@@ -1,9 +1,9 @@
 """SIGINT and SIGTERM: a command ends with one line and the exit status 128 + n, whatever it is doing.
 
 `run` is the first call of every command, before anything slow is imported. The first signal raises KeyboardInterrupt,
-so that what is unfinished is deleted. During an import it waits for the end of that: C++ which calls Python in there,
-as torch's does, would abort. A second one ends the process at once. `stop_signals` replaces this where a command first
-saves its work.
+so that what is unfinished is deleted. During an import it waits for the import's end: torch's C++ calls Python while it
+is imported, and aborts if that raises. A second signal ends the process at once. `stop_signals` replaces this where a
+command first saves its work.
 """
 
 from __future__ import annotations

@@ -57,10 +57,14 @@ def _new_locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
     while True:
         folder = parent / f"{prefix}{secrets.token_hex(4)}"
         folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY)
+        # Until it is locked, another process may delete it as a leftover.
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         with suppress(OSError):  # some network file systems cannot lock folders: leftovers stay there
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # before the lock, another process may have deleted it as a leftover
+        if folder.exists():
             return folder, lock
         os.close(lock)
 

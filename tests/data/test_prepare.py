@@ -241,6 +241,24 @@ def test_two_runs_into_the_same_folder_both_succeed(tmp_path: Path) -> None:
     assert {row["source_path"] for row in table(tmp_path / "out/index.csv")} == {f"drawn:{i}:1" for i in range(40)}
 
 
+def test_folder_that_was_deleted_as_a_leftover_before_its_lock_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_now, deleted = os.open, []
+
+    def open_late(path: Any, *how: Any) -> int:
+        if not deleted:  # as another process does that found no lock
+            path.rmdir()
+            deleted.append(path)
+        return open_now(path, *how)
+
+    monkeypatch.setattr(os, "open", open_late)
+    with atomic_folder(tmp_path / "out") as folder:
+        assert folder not in deleted
+        (folder / "photo").touch()
+    assert names(tmp_path / "out") == ["photo"]
+
+
 def test_leftovers_are_deleted_unless_a_run_uses_them(tmp_path: Path, write_dataset: WriteDataset) -> None:
     """And of two runs into the same folder, the first one to finish wins."""
     place = tmp_path / "place"
