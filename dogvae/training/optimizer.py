@@ -20,9 +20,10 @@ class Adam:
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = dict(parameters)
-        weights = self._parameters.values()
-        self._moments = {moment: [torch.zeros_like(p) for p in weights] for moment in MOMENTS}
-        self._updates = [torch.zeros((), device=p.device) for p in weights]
+        self._moments = {
+            moment: {name: torch.zeros_like(p) for name, p in self._parameters.items()} for moment in MOMENTS
+        }
+        self._updates = [torch.zeros((), device=p.device) for p in self._parameters.values()]
 
     @torch.no_grad()
     def step(self, lr: float, skipped: Tensor) -> None:
@@ -31,8 +32,8 @@ class Adam:
         adam(
             weights,
             [p.grad for p in weights if p.grad is not None],
-            exp_avgs=self._moments["exp_avg"],
-            exp_avg_sqs=self._moments["exp_avg_sq"],
+            exp_avgs=list(self._moments["exp_avg"].values()),
+            exp_avg_sqs=list(self._moments["exp_avg_sq"].values()),
             max_exp_avg_sqs=[],
             state_steps=self._updates,
             fused=True,
@@ -48,14 +49,13 @@ class Adam:
 
     def state(self) -> dict[str, Tensor]:
         """The moments of each weight as `exp_avg/NAME` and `exp_avg_sq/NAME`, and `updates` (), how many were made."""
-        named = {moment: zip(self._parameters, tensors, strict=True) for moment, tensors in self._moments.items()}
-        moments = {f"{moment}/{name}": tensor for moment, pairs in named.items() for name, tensor in pairs}
+        moments = {f"{moment}/{name}": t for moment, tensors in self._moments.items() for name, t in tensors.items()}
         return {**moments, "updates": self._updates[0]}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave."""
         for moment, tensors in self._moments.items():
-            for name, tensor in zip(self._parameters, tensors, strict=True):
+            for name, tensor in tensors.items():
                 tensor.copy_(state[f"{moment}/{name}"])
         for updates in self._updates:
             updates.copy_(state["updates"])
