@@ -211,6 +211,7 @@ def answering(status: int, body: bytes) -> Iterator[str]:
 VERSION = b'{"version": "4", "ray_version": "2.60.0", "session_name": "session"}'
 
 
+@pytest.mark.usefixtures("no_internet")
 @pytest.mark.parametrize(
     ("address", "status", "body", "link"),
     [
@@ -227,7 +228,6 @@ def test_link_to_rays_dashboard_is_printed_if_there_is_one(
 ) -> None:
     with answering(status, body) as server:
         monkeypatch.setenv("RAY_DASHBOARD_ADDRESS", address.format(server))
-        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
         dashboard._print_links("http://127.0.0.1:1")
         last = capsys.readouterr().out.splitlines()[-1]
         assert last == (f"Ray       {link.format(server)}" if link else "pictures  http://127.0.0.1:1/#images")
