@@ -34,12 +34,11 @@ SHARE = "/mnt/share"
 # As with a machine image, the set-up finds an environment in place; it cannot download another one.
 PROFILE = f"export PATH={VENV}/bin:$PATH UV_OFFLINE=1 OMP_NUM_THREADS=1\n"
 
-# The first process of a host. Its disk is an overlay over this machine's, with a private upper layer.
+# The first process of a host. Its disk is an overlay over this machine's, with a private upper layer, in `place`.
 INIT = """
 set -e
 hostname {name}
-mount -t tmpfs -o size=16g tmpfs {place}
-mkdir {place}/written {place}/work {place}/disk
+mkdir -p {place}/written {place}/work {place}/disk
 mount -t overlay overlay -o lowerdir=/,upperdir={place}/written,workdir={place}/work {place}/disk
 cd {place}/disk
 mount -t proc proc proc
@@ -52,16 +51,20 @@ if [ ! -d .{venv} ]; then
   mkdir -p .{venv} {place}/venv-written {place}/venv-work
   mount -t overlay overlay -o lowerdir={venv},upperdir={place}/venv-written,workdir={place}/venv-work .{venv}
 fi
-mkdir -p run/sshd .{share} .{home}
+mkdir -p run/sshd .{share}
 mount --bind {shared} .{share}
-cp {base}/etc_hosts etc/hosts
-: > etc/resolv.conf
-sed -i '/^{user}:/d' etc/passwd etc/shadow
-sed -i '1i {user}:x:0:0::{home}:/bin/bash' etc/passwd  # first: the name and the home of user 0
-echo '{user}:*:19000:0:99999:7:::' >> etc/shadow
-cp {base}/profile .{home}/.bashrc
-cp {base}/profile .{home}/.profile
-ln -s {venv} .{home}/venv
+if [ ! -e {place}/booted ]; then
+  mkdir -p .{home}
+  cp {base}/etc_hosts etc/hosts
+  : > etc/resolv.conf
+  sed -i '/^{user}:/d' etc/passwd etc/shadow
+  sed -i '1i {user}:x:0:0::{home}:/bin/bash' etc/passwd  # first: the name and the home of user 0
+  echo '{user}:*:19000:0:99999:7:::' >> etc/shadow
+  cp {base}/profile .{home}/.bashrc
+  cp {base}/profile .{home}/.profile
+  ln -s {venv} .{home}/venv
+  touch {place}/booted
+fi
 exec chroot . /usr/sbin/sshd -D -e -f {base}/sshd_config
 """
 SSHD = """
@@ -123,10 +126,13 @@ class Host:
     def __init__(self, hosts: Hosts, name: str, number: int) -> None:
         self._hosts, self.name, self.address = hosts, name, f"{SUBNET}.{10 + number}"
         self._net, self._cable = f"dogvae-{name}", f"dogvae-v{number}"
+        self._place = hosts.base / name
         self._process: subprocess.Popen[bytes] | None = None
 
-    def plug_in(self) -> None:
-        """Add a network card with a cable to the bridge."""
+    def install(self) -> None:
+        """Add an empty disk, and a network card with a cable to the bridge."""
+        self._place.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16g", "tmpfs", self._place], check=True)
         ip("netns", "add", self._net)
         ip("link", "add", self._cable, "type", "veth", "peer", "name", "eth0", "netns", self._net)
         ip("link", "set", self._cable, "master", BRIDGE, "up")
@@ -146,10 +152,9 @@ class Host:
         """Boot, and wait until sshd answers."""
         base = self._hosts.base
         script = INIT.format(
-            name=self.name, place=base / self.name, base=base, shared=self._hosts.share, share=SHARE, user=USER,
+            name=self.name, place=self._place, base=base, shared=self._hosts.share, share=SHARE, user=USER,
             home=HOME, venv=VENV,
         )  # fmt: skip
-        (base / self.name).mkdir(exist_ok=True)
         namespaces = ["--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--propagation", "private"]
         with (base / f"{self.name}.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -165,7 +170,7 @@ class Host:
         raise AssertionError(f"{self.name} does not answer: {(base / f'{self.name}.log').read_text()}")
 
     def power_off(self) -> None:
-        """Kill all processes of the host; its disk is lost."""
+        """Kill all processes of the host. Its disk stays; its /tmp does not."""
         if self._process:
             for pid in ip("netns", "pids", self._net, check=False).split():
                 with suppress(ProcessLookupError):
@@ -193,8 +198,9 @@ class Host:
         return ["ssh", *quiet, "-i", str(self._hosts.base / "key"), f"{USER}@{self.address}", typed]
 
     def remove(self) -> None:
-        """Power off, and remove the network card."""
+        """Power off, and remove the disk and the network card."""
         self.power_off()
+        subprocess.run(["umount", "--lazy", self._place], check=False)
         ip("netns", "del", self._net, check=False)
         ip("link", "del", self._cable, check=False)
 
@@ -217,7 +223,7 @@ class Hosts:
         ip("addr", "add", f"{LAPTOP}/24", "dev", BRIDGE)
         ip("link", "set", BRIDGE, "up")
         for host in self._by_name.values():
-            host.plug_in()
+            host.install()
 
     def __getitem__(self, name: str) -> Host:
         return self._by_name[name]

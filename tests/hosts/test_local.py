@@ -64,9 +64,7 @@ class Lab:
         host.ssh("mkdir -p ~/.ray")
         for what in ("code", ".ray/auth_token", ".bashrc", ".dogvae-env"):
             head.ssh(f"scp -i ~/ray_bootstrap_key.pem {quiet} -r ~/{what} {host.address}:~/{what}")
-        # On two busy cores Ray's 30 seconds for a node may be too short; docs/cluster.md says what to type then.
-        start = f"ray start --address={head.address}:6379"
-        host.ssh(f"export RAY_AUTH_MODE=token; {start} || (ray stop --force; {start})")
+        host.ssh(f"export RAY_AUTH_MODE=token; ray start --address={head.address}:6379")
 
     def nodes(self) -> dict[str, str]:
         return self.laptop.nodes(self.hosts["head"])
@@ -212,7 +210,7 @@ def again(lab: Lab, command: Command, world_size: int, what: str, saved: int) ->
         new = lab.lines("run")[before:]
         return len(new) > 1 and new[-1]["world_size"] == world_size and command.text().count("going on in") > restarts
 
-    command.wait_until(trains, 120)
+    command.wait_until(trains, 180)
     lab.seconds[what] = time.monotonic() - began
     epoch, step, workers = re.findall(r"going on in epoch (\d+) after step (\d+), with (\d) worker", command.text())[-1]
     assert int(workers) == world_size
@@ -242,10 +240,9 @@ def test_run_saves_every_step_once_a_host_is_announced_to_go(lab: Lab, training:
 
 
 def test_run_takes_a_returning_host_in_and_stops_by_signal(lab: Lab, training: Command) -> None:
-    """One worker becomes two; then a signal to the laptop's command stops the job after a checkpoint."""
+    """The head starts Ray on it, and one worker becomes two. A signal to the laptop's command then stops the job."""
     lab.hosts["w1"].power_on()
-    lab.join("w1")
-    again(lab, training, 2, "host joined to training on it", newest_step(lab))
+    again(lab, training, 2, "host switched on to training on it", newest_step(lab))
     training.process.terminate()
     assert training.wait(60) == 143, training.text()
     assert f"to go on: dogvae train --address {lab.laptop.open_dashboard()}" in training.text()
