@@ -189,12 +189,12 @@ def _parents(model: VAE, data: Dataset, mean: Tensor) -> Tensor:
     """The latents (2, d) of the two validation photos that are most alike: the playground's first parents.
 
     Dogs in a like pose have the best litters. Alike is a small angle between posterior means, less the `mean` (d,) of
-    all photos; photos within 25 degrees may be the same dog twice.
+    all photos; photos within 55 degrees may be twins.
     """
     photos = data.val.gather(np.arange(min(PARENTS, len(data.val))))
     mu = model.encoder(photos.float() / 255)[0].flatten(1)
     cosine = F.cosine_similarity((mu - mean)[:, None], (mu - mean)[None], dim=2)
-    best = int(torch.where(cosine < math.cos(math.radians(25)), cosine, -2.0).argmax())
+    best = int(torch.where(cosine < math.cos(math.radians(55)), cosine, -2.0).argmax())
     return mu[[best // len(mu), best % len(mu)]]
 
 

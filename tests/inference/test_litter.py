@@ -119,6 +119,6 @@ def test_first_parents_are_the_two_validation_photos_that_are_most_alike(exporte
     for i, j in itertools.combinations(range(VAL), 2):
         cosine = centred[i] @ centred[j] / np.linalg.norm(centred[i]) / np.linalg.norm(centred[j])
         angles[i, j] = np.degrees(np.arccos(cosine))
-    i, j = min((pair for pair, angle in angles.items() if angle > 25), key=lambda pair: angles[pair])
+    i, j = min((pair for pair, angle in angles.items() if angle > 55), key=lambda pair: angles[pair])
     expected = model.encode([photos[i], photos[j]])
     assert np.allclose(model.parents, expected, atol=1e-5) or np.allclose(model.parents[::-1], expected, atol=1e-5)
