@@ -8,8 +8,6 @@ import math
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ import dogvae
 from dogvae.data.dataset import Dataset
 from dogvae.errors import UsageError
 from dogvae.inference.load import load
-from tests.support.command import ROOT
+from tests.support.command import in_new_process
 from tests.support.exports import DIMS, LATENT, Exported
 from tests.support.runs import SIZE
 
@@ -263,14 +261,6 @@ def test_loaded_model_does_not_read_its_files_again(copy: Path) -> None:
 
 
 # --- the cost of an import
-
-
-def in_new_process(code: str, *args: str) -> list[str]:
-    """The words that a Python program prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
-    )
-    return done.stdout.split()
 
 
 def test_importing_dogvae_imports_no_heavy_package() -> None:

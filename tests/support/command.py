@@ -71,6 +71,14 @@ class Command:
             self.process.wait()
 
 
+def in_new_process(code: str, *args: str) -> list[str]:
+    """The words that a Python program prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    return done.stdout.split()
+
+
 def wait_until(what: Callable[[], object], seconds: float) -> float:
     """Wait until `what` is true. Returns the seconds that took."""
     began = time.monotonic()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from dogvae.training.augment import augment, draws
 from dogvae.training.step import Trainer
-from tests.support.command import ROOT
+from tests.support.command import in_new_process
 from tests.support.runs import differing
 from tests.support.steps import CPU, config_of, noise_of, photos, plain_means, plain_sigma, plain_terms, trainer_of
 
@@ -165,12 +163,10 @@ def test_non_finite_step_changes_nothing_but_the_count_of_skipped_steps(
 
 def test_one_rank_does_not_import_torchs_compiler() -> None:
     """`torch.optim.Adam` would, and sympy comes with a gradient that `backward` is given: 1.3 s of each start."""
-    lines = (
-        "import sys, torch",
-        "from tests.support.steps import config_of, photos, trainer_of",
-        "trainer_of(config_of(ema=0.9)).step(photos(4), 4, epoch=0, step=0, steps=1)",
-        "print(*{'torch._dynamo', 'sympy'} & set(sys.modules))",
-    )
-    command = [sys.executable, "-c", "\n".join(lines)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr, done.returncode) == ("\n", "", 0)
+    code = """
+import sys
+from tests.support.steps import config_of, photos, trainer_of
+trainer_of(config_of(ema=0.9)).step(photos(4), 4, epoch=0, step=0, steps=1)
+print(*{"torch._dynamo", "sympy"} & set(sys.modules))
+"""
+    assert in_new_process(code) == []
