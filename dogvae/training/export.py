@@ -186,15 +186,17 @@ def _gaussian(model: VAE, data: Dataset, device: torch.device, line: Progress) -
 
 @torch.inference_mode()
 def _parents(model: VAE, data: Dataset, mean: Tensor) -> Tensor:
-    """The latents (2, d) of the two validation photos that are most alike: the playground's first parents.
+    """The latents (2, d) of two validation photos that are alike: the playground's first parents.
 
-    Dogs in a like pose have the best litters. Alike is a small angle between posterior means, less the `mean` (d,) of
-    all photos; photos within 55 degrees may be twins.
+    Dogs in a like pose have the best litters. Chosen are the two whose posterior means, less the `mean` (d,) of all
+    photos, have the greatest inner product: they are alike, and far from the mean, which is no dog. Photos within 55
+    degrees may be twins, and are not taken.
     """
     photos = data.val.gather(np.arange(min(PARENTS, len(data.val))))
     mu = model.encoder(photos.float() / 255)[0].flatten(1)
-    cosine = F.cosine_similarity((mu - mean)[:, None], (mu - mean)[None], dim=2)
-    best = int(torch.where(cosine < math.cos(math.radians(55)), cosine, -2.0).argmax())
+    centred = mu - mean
+    cosine = F.cosine_similarity(centred[:, None], centred[None], dim=2)
+    best = int((centred @ centred.T).where(cosine < math.cos(math.radians(55)), -math.inf).argmax())
     return mu[[best // len(mu), best % len(mu)]]
 
 
