@@ -103,7 +103,16 @@ def test_two_ranks_count_each_image_once_over_an_interruption(
     assert_close(tmp_path, alone["default"], epochs=2)
 
 
-def test_run_resumes_from_a_scheduled_checkpoint_within_an_epoch(dataset: Path, tmp_path: Path) -> None:
+def test_run_resumes_from_a_scheduled_checkpoint_within_an_epoch(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Checkpoints.save
+
+    def save_and_wait(self: Checkpoints, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        save(self, tensors, meta)
+        self.wait()  # a busy disk leaves out what is no longer the newest
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_wait)
     config = job(dataset, epochs=1)
     train(config, tmp_path / "whole")
     train(config, tmp_path / "parts", stop_at=12, safety=Safety(checkpoint_steps=5))

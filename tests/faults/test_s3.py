@@ -59,11 +59,11 @@ class Silence(StopAt):
 
 
 def test_training_goes_on_while_s3_is_silent(s3: Server, dataset: Path, tmp_path: Path) -> None:
-    """For 1.5 seconds, over the ends of epochs. In the end nothing is missing."""
+    """For 3 seconds, over the ends of epochs. In the end nothing is missing."""
     config = job(dataset, epochs=8)
     train(config, tmp_path / "whole")
     run = Storage(s3.uri("silent")) / "run"
-    observer = Silence(s3, at=20, seconds=1.5)
+    observer = Silence(s3, at=20, seconds=3)
     assert loop(config, run, CPU, observer, Safety(checkpoint_steps=5))
     assert observer.meanwhile > 20  # more than an epoch and some checkpoints
     assert differing(final(run), final(tmp_path / "whole")) == []

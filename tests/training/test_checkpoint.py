@@ -226,10 +226,10 @@ def test_state_is_written_that_is_saved_while_the_thread_ends(tmp_path: Path, mo
 
 def test_hanging_storage_ends_the_run_when_patience_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dogvae.training.checkpoint.LONGEST_PAUSE_S", 0.1)
-    checkpoints = Checkpoints(UnreliableStorage(tmp_path, delay_s=1.0), patience_s=0.2)
+    checkpoints = Checkpoints(UnreliableStorage(tmp_path, delay_s=2.0), patience_s=0.5)
     checkpoints.save(tensors(10), meta(10))
     checkpoints.check()
-    time.sleep(0.5)
+    time.sleep(1)
     with pytest.raises(RunFailed, match="does not answer"):
         checkpoints.check()
     checkpoints.wait()

@@ -209,7 +209,7 @@ def test_slow_storage_does_not_delay_training(tmp_path: Path) -> None:
     began = time.monotonic()
     for epoch in range(4):
         recorder.record(record(epoch), {})
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < 0.6  # four writes of 0.2 s would take 0.8
     recorder.close()
     assert read(Storage(tmp_path)) == [record(epoch) for epoch in range(4)]
 
@@ -240,9 +240,9 @@ def test_lines_that_could_not_be_written_are_written_later(
 def test_hanging_storage_does_not_delay_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dogvae.training.metrics.CLOSE_S", 0.1)
     notes: list[str] = []
-    recorder = Recorder(UnreliableStorage(tmp_path, delay_s=0.5), [], notes.append)
+    recorder = Recorder(UnreliableStorage(tmp_path, delay_s=1.0), [], notes.append)
     recorder.record(record(0), {})
     began = time.monotonic()
     recorder.close()
-    assert time.monotonic() - began < 0.4
+    assert time.monotonic() - began < 0.9
     assert "does not answer" in notes[0]
