@@ -195,7 +195,8 @@ def _parents(model: VAE, data: Dataset, mean: Tensor) -> Tensor:
     photos = data.val.gather(np.arange(min(PARENTS, len(data.val))))
     mu = model.encoder(photos.float() / 255)[0].flatten(1)
     centred = mu - mean
-    cosine = F.cosine_similarity(centred[:, None], centred[None], dim=2)
+    directions = F.normalize(centred)
+    cosine = directions @ directions.T
     best = int((centred @ centred.T).where(cosine < math.cos(math.radians(55)), -math.inf).argmax())
     return mu[[best // len(mu), best % len(mu)]]
 
