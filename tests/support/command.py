@@ -72,10 +72,9 @@ class Command:
 
 
 def in_new_process(code: str, *args: str) -> list[str]:
-    """The words that a Python program prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
-    )
+    """The words that a Python program prints, which must succeed and print nothing on standard error."""
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.split()
 
 
