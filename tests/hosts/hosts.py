@@ -47,7 +47,7 @@ mount --rbind /sys sys
 mount -t tmpfs tmpfs run
 mount -t tmpfs -o mode=1777 tmpfs tmp
 mount -t tmpfs -o size=2g tmpfs dev/shm
-if [ ! -d .{venv} ]; then
+if [ ! -d .{venv}/bin ]; then
   mkdir -p .{venv} {place}/venv-written {place}/venv-work
   mount -t overlay overlay -o lowerdir={venv},upperdir={place}/venv-written,workdir={place}/venv-work .{venv}
 fi
